@@ -1,0 +1,260 @@
+"""Stage 1 of 4: trains a supernet, in which every prunable block works in its baseline and in its pruned form.
+
+Reads a folder of images (or any map-style data set timm knows) and, if given, weights for the baseline.
+Writes runs/supernet.pt: the supernet's weights, the baseline's own weights and top-1, and all that later stages need
+to know: model, classes, image size, normalisation, where the images are, which of them are held back.
+
+    python 1_supernet.py                                        # small drawn pictures, no download, about a minute
+    python 1_supernet.py --data-dir cifar10 --img-size 32 --model mobilenetv2_100 --baseline-epochs 30 --epochs 10
+    python 1_supernet.py --data-dir imagenet --model convnext_tiny.fb_in1k --pretrained --epochs 20 --lr 1e-4
+    python 1_supernet.py --data-dir cifar10 --model deit_tiny_patch16_224 --model-kwargs patch_size=4 img_size=32
+
+The baseline is trained first (--baseline-epochs) unless its weights are given. Then come the supernet's epochs, by the
+sandwich rule: each step runs the largest subnet (nothing pruned) on the labels, and the smallest (everything pruned) and
+some random ones on the largest's output as soft labels; their gradients add up to one update.
+"""
+import argparse
+import copy
+import os
+import random
+import shutil
+import time
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.utils import AverageMeter, ParseKwargs, random_seed
+from tqdm import tqdm
+
+from blocks import (UserError, cost, create_model, evaluate, make_loader, make_prunable, merge, open_dataset, pick_device,
+                    print_table, prunable_blocks, recalibrate, run, save, set_subnet)
+
+parser = argparse.ArgumentParser(
+    description="Stage 1 of 4: trains a supernet of baseline and pruned blocks.",
+    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+# model
+parser.add_argument("--model", default="resnet18", help="a timm model name, e.g. mobilenetv2_100, convnext_tiny.fb_in1k")
+parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="k=v",
+                    help="arguments for timm.create_model, e.g. patch_size=4 img_size=32")
+parser.add_argument("--pretrained", action="store_true", help="start from timm's weights (downloads them)")
+parser.add_argument("--checkpoint", metavar="FILE", help="start from weights in timm's own keys (.pth, .safetensors)")
+parser.add_argument("--end-act", action=argparse.BooleanOptionalAction, default=None,
+                    help="insert an activation at the end of pruned blocks that have none (None: yes for CNNs, no for ViTs)")
+# images
+parser.add_argument("--data-dir", metavar="DIR", help="folder with train/CLASS/* and val/CLASS/* (None: draw data/shapes)")
+parser.add_argument("--dataset", default="", help="a timm data set instead of a folder: torch/cifar10, hfds/…")
+parser.add_argument("--dataset-download", action="store_true", help="let the data set download itself into --data-dir")
+parser.add_argument("--train-split", default="train", help="name of the split to train on")
+parser.add_argument("--val-split", default="val", help="name of the split that top-1 is reported on, never chosen on")
+parser.add_argument("--num-classes", type=int, help="number of classes, where the data set cannot tell")
+parser.add_argument("--img-size", type=int, help="input height and width in pixels (None: the model's own; 32 for shapes)")
+parser.add_argument("--scale", type=float, nargs=2, metavar=("MIN", "MAX"),
+                    help="area of a random crop as share of the image (None: 0.08 1, below 128 px 0.8 1)")
+# training
+parser.add_argument("--baseline-epochs", type=int, help="epochs for the baseline (None: 10, or 0 with weights that fit)")
+parser.add_argument("--epochs", type=int, default=4, help="epochs for the supernet, each some three times as long")
+parser.add_argument("--random-subnets", type=int, default=2, help="random subnets per step, beside largest and smallest")
+parser.add_argument("--batch-size", type=int, default=64, help="images per step")
+parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate: 10%% warm-up, then cosine to 0")
+parser.add_argument("--opt", default="adamw", help="a timm optimiser name")
+parser.add_argument("--weight-decay", type=float, default=0.05, help="not applied to norms and biases")
+parser.add_argument("--seed", type=int, default=0, help="of initialisation, batches, subnets and the held-out images")
+parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
+parser.add_argument("--workers", type=int, default=2, help="processes that load images")
+parser.add_argument("--out", default="runs/supernet.pt", metavar="FILE", help="the supernet's checkpoint")
+
+
+def draw_shapes(root, train=2000, val=500, size=32):
+    """Draws a 10-class image folder, once: five shapes, plain or striped, of any colours, size and place on a textured
+    ground. No pixel tells the class by itself: a linear classifier gets 14 % right."""
+    if os.path.isdir(root):
+        return
+    print(f"drawing {train + val} pictures into {root}")
+
+    def polygon(corners):
+        angles = np.arange(corners) * 2 * np.pi / corners
+        return np.stack([np.cos(angles), np.sin(angles)], 1)
+
+    a = 1 / 3
+    cross = [(a, a), (1, a), (1, -a), (a, -a), (a, -1), (-a, -1), (-a, -a), (-1, -a), (-1, a), (-a, a), (-a, 1), (a, 1)]
+    shapes = {"cross": [cross], "disc": [polygon(24)], "ring": [polygon(24), polygon(24) * 0.6], "square": [polygon(4)],
+              "triangle": [polygon(3)]}  # the outline, and what is cut out of it
+    classes = [(shape, fill) for shape in shapes for fill in ("plain", "striped")]
+    rng, zoom = np.random.default_rng(0), 4  # drawn large, then shrunk: smooth edges
+    y, x = np.mgrid[:size, :size]
+
+    def wave(low, high):  # in a random direction, `low` to `high` radians per pixel
+        angle = rng.uniform(0, np.pi)
+        return np.sin((x * np.cos(angle) + y * np.sin(angle)) * rng.uniform(low, high) + rng.uniform(0, 6))[..., None]
+
+    temporary = f"{root}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    for split, count in (("train", train), ("val", val)):
+        for index in range(count):
+            shape, fill = classes[index % len(classes)]
+            colours = [rng.integers(0, 256, 3)]
+            for _ in range(2):  # each differs from the one before in every channel
+                colours.append((colours[-1] + rng.integers(80, 176, 3)) % 256)
+            ground, ink, second = colours
+            stripes = wave(1.2, 2.2) > 0 if fill == "striped" else True
+            radius, angle = rng.uniform(0.3, 0.45) * size, rng.uniform(-0.35, 0.35)
+            centre = rng.uniform(radius, size - radius, 2)
+            turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+            mask = Image.new("L", (size * zoom, size * zoom))
+            for points, value in zip(shapes[shape], (255, 0)):
+                points = (np.array(points) @ turn * radius + centre) * zoom
+                ImageDraw.Draw(mask).polygon([tuple(point) for point in points], fill=value)
+            mask = np.asarray(mask.resize((size, size), Image.Resampling.BOX), dtype=float)[..., None] / 255
+            pixels = (ground + wave(0.1, 0.5) * rng.uniform(0, 25, 3)) * (1 - mask)
+            pixels += np.where(stripes, ink, second) * mask + rng.normal(0, 10, (size, size, 3))
+            folder = os.path.join(temporary, split, f"{fill} {shape}")
+            os.makedirs(folder, exist_ok=True)
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(os.path.join(folder, f"{index:04d}.png"))
+    os.replace(temporary, root)
+
+
+def describe_data(args):
+    """The part of the checkpoint that later stages find the images by; the held-out tenth is drawn here, once."""
+    spec = {"dataset": args.dataset, "data_dir": args.data_dir and os.path.abspath(args.data_dir),
+            "train_split": args.train_split, "val_split": args.val_split, "download": args.dataset_download,
+            "seed": args.seed}
+    train, val = open_dataset(spec, "train"), open_dataset(spec, "val")
+    numbers = getattr(getattr(train, "reader", train), "class_to_idx", {})  # {class name: index}
+    classes = sorted(numbers, key=numbers.get) or [str(i) for i in range(args.num_classes or 0)]
+    if not classes:
+        raise UserError("this data set does not tell its classes: give --num-classes")
+    if args.num_classes not in (None, len(classes)):
+        raise UserError(f"--num-classes {args.num_classes}, but the data has {len(classes)} classes")
+    if len(classes) == 1:
+        raise UserError(f"one class only ({classes[0]}): at least two are needed")
+    if not args.dataset and (unknown := set(val.reader.class_to_idx) - set(classes)):
+        raise UserError(f"{args.val_split} has classes that {args.train_split} lacks: {', '.join(sorted(unknown)[:5])}")
+    if len(train) < 10:
+        raise UserError(f"only {len(train)} training images: one in ten is held back, so at least ten are needed")
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(args.seed))
+    return {**spec, "classes": classes, "train_images": len(train), "holdout": order[:len(train) // 10].sort().values}
+
+
+def build_baseline(args, num_classes):
+    """The timm model with its first weights, the checkpoint's part that describes it, and whether the weights fit."""
+    model_args = {"num_classes": num_classes, **args.model_kwargs}
+    if args.img_size and hasattr(create_model(args.model, **model_args), "set_input_size"):
+        model_args["img_size"] = args.img_size  # a ViT's size is fixed when it is built
+    try:
+        model = create_model(args.model, pretrained=args.pretrained, **model_args)
+    except Exception as error:
+        if isinstance(error, UserError) or not args.pretrained:
+            raise
+        raise UserError(f"cannot get timm's weights for {args.model} ({type(error).__name__}): check the network, or give"
+                        " --checkpoint FILE") from error
+    if args.checkpoint:
+        try:
+            timm.models.load_checkpoint(model, args.checkpoint)
+        except FileNotFoundError as error:
+            raise UserError(f"{args.checkpoint} does not exist") from error
+        except Exception as error:
+            raise UserError(f"{args.checkpoint} does not fit {args.model} with {num_classes} classes: "
+                            + " ".join(str(error).split())[:200]) from error
+    native = timm.data.resolve_model_data_config(model)
+    size = model_args.get("img_size") or args.img_size or native["input_size"][-1]
+    spec = {"model": args.model, "model_args": model_args, "input_size": [3, size, size],
+            "scale": list(args.scale or ((0.8, 1.0) if size < 128 else (0.08, 1.0))), "mean": list(native["mean"]),
+            "std": list(native["std"]), "interpolation": native["interpolation"],
+            # off its own resolution (CIFAR's 32 px, say) a model sees the whole picture
+            "crop_pct": native["crop_pct"] if size == native["input_size"][-1] else 1.0}
+    return model, spec, bool(args.checkpoint) or args.pretrained and num_classes == model.pretrained_cfg["num_classes"]
+
+
+def train(model, blocks, loader, epochs, args, report):
+    """Trains `model`: the baseline alone if `blocks` is empty, else all subnets by the sandwich rule.
+    After every epoch it prints report(model), top-1 on the val split."""
+    if epochs == 0:
+        return
+    rng = random.Random(args.seed)
+    steps = epochs * len(loader)
+    fused = {"fused": True} if args.opt in ("adam", "adamw", "sgd") else {}  # a third of the step at 32 px on a CPU
+    optimizer = create_optimizer_v2(model, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay, **fused)
+    scheduler = CosineLRScheduler(optimizer, steps, warmup_t=steps // 10, warmup_lr_init=args.lr / 10, t_in_epochs=False)
+    for epoch in range(epochs):
+        model.train()
+        losses, started = AverageMeter(), time.time()
+        name = f"{'supernet' if blocks else 'baseline'} {epoch + 1}/{epochs}"
+        bar = tqdm(desc=name, total=len(loader) * loader.loader.batch_size, unit="img", leave=False, disable=None)
+        for step, (images, labels) in enumerate(loader, epoch * len(loader)):
+            optimizer.zero_grad()
+            set_subnet(model, [])
+            logits = model(images)
+            loss = F.cross_entropy(logits, labels)
+            loss.backward()
+            if blocks:
+                soft, subnets = logits.detach().softmax(-1), [blocks]
+                for _ in range(args.random_subnets if len(blocks) > 1 else 0):
+                    subnets.append(rng.sample(blocks, rng.randint(1, len(blocks) - 1)))
+                for pruned in subnets:
+                    set_subnet(model, pruned)
+                    F.cross_entropy(model(images), soft).backward()
+            optimizer.step()
+            scheduler.step_update(step + 1)
+            losses.update(loss.item(), len(images))
+            bar.update(len(images))
+            bar.set_postfix(loss=f"{losses.avg:.3f}", refresh=False)
+        bar.close()
+        speed = losses.count / (time.time() - started)
+        print(f"{name}  loss {losses.avg:.3f}  {report(model)}  {speed:.0f} img/s", flush=True)
+
+
+def main():
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    random_seed(args.seed)
+    if args.data_dir is None and not args.dataset:
+        args.data_dir = "data/shapes"
+        args.img_size = args.img_size or (None if "img_size" in args.model_kwargs else 32)
+        draw_shapes(args.data_dir)
+    spec = describe_data(args)
+    model, model_spec, trained = build_baseline(args, len(spec["classes"]))
+    spec.update(model_spec)
+    make_prunable(copy.deepcopy(model), args.end_act)  # a model that cannot be pruned is told now, not after the training
+    model.to(device, memory_format=torch.channels_last)  # depthwise convs train more than twice as fast
+    loader = make_loader(spec, "train", args.batch_size, device, args.workers, train=True)
+    val = make_loader(spec, "val", args.batch_size, device, args.workers)
+
+    # Baseline
+    epochs = args.baseline_epochs if args.baseline_epochs is not None else 0 if trained else 10
+    print(f"{args.model}, {len(spec['classes'])} classes, {len(loader.dataset)} images to train on,"
+          f" {len(spec['holdout'])} held back, {len(val.dataset)} to report on")
+    train(model, [], loader, epochs, args, lambda model: f"top-1 {evaluate(model, val)['top1']:.2f} %")
+    baseline = {**cost(model, spec["input_size"]), **evaluate(model, val)}
+    baseline_state = {key: value.cpu().clone() for key, value in model.state_dict().items()}
+
+    # Supernet
+    blocks = make_prunable(model, args.end_act)
+    spec["end_act"] = any(block.end_act is not None for block in prunable_blocks(model).values())
+    calibration = [images for images, _ in make_loader(spec, "train", args.batch_size, device, limit=1024)]
+
+    def top1(pruned):  # of a subnet with BN statistics of its own
+        set_subnet(model, pruned)
+        recalibrate(model, calibration)
+        return evaluate(model, val)["top1"]
+
+    train(model, blocks, loader, args.epochs, args,
+          lambda model: f"top-1 largest {top1([]):.2f} %, smallest {top1(blocks):.2f} %")
+    smallest = top1(blocks)
+    smallest_cost = cost(merge(model), spec["input_size"])
+    largest = top1([])
+    save({**spec, "stage": "supernet", "baseline": baseline, "supernet": {"top1": largest, "smallest_top1": smallest},
+          "state_dict": model.cpu().state_dict(), "baseline_state_dict": baseline_state}, args.out)
+    print(f"\n{len(blocks)} prunable blocks: {' '.join(blocks)}\n")
+    print_table(("", "params (M)", "MACs (M)", "top-1 (%)"), [
+        (name, f"{c['params'] / 1e6:.3f}", f"{c['macs'] / 1e6:.1f}", f"{top1:.2f}") for name, c, top1 in (
+            ("baseline", baseline, baseline["top1"]), ("supernet, nothing pruned", baseline, largest),
+            ("supernet, everything pruned and merged", smallest_cost, smallest))])
+    print(f"\nwrote {args.out}")
+
+
+if __name__ == "__main__":
+    run(main)

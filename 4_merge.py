@@ -1,0 +1,126 @@
+"""Stage 4 of 4: merges the trained subnet into plain layers, proves that it is the same network, and times it.
+
+Reads runs/subnet.pt. Writes runs/merged.pt (weights and spec, for `blocks.load`) and runs/merged.pt2 (torch.export with a
+dynamic batch: runs in any Python with torch, without this repository and without timm).
+
+    python 4_merge.py
+    python 4_merge.py --batch-size 1
+
+    program = torch.export.load("runs/merged.pt2").module()       # in a deployment
+    logits = program(images)                                      # (B, 3, H, W), normalised as the spec in it says
+
+Merging is done in float64. If merged and unmerged differ on the validation images, it exits with status 1 and writes
+nothing. The table at the end times the file that was written, as it was read back.
+"""
+import argparse
+import copy
+import json
+import os
+import statistics
+
+import torch
+from torch.utils import benchmark
+
+from blocks import (build, cost, evaluate, load, load_baseline, make_loader, make_prunable, merge, pick_device, print_table,
+                    read, replacing, run, save)
+
+parser = argparse.ArgumentParser(
+    description="Stage 4 of 4: merges, checks, exports and times.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+parser.add_argument("--subnet", default="runs/subnet.pt", metavar="FILE", help="stage 3's checkpoint")
+parser.add_argument("--data-dir", metavar="DIR", help="where the images are (None: where stage 1 found them)")
+parser.add_argument("--batch-size", type=int, default=16, help="images per forward pass that is timed")
+parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
+parser.add_argument("--workers", type=int, default=2, help="processes that load images")
+parser.add_argument("--out", default="runs/merged.pt", metavar="FILE", help="the merged network; FILE2 is its export")
+
+
+@torch.no_grad()
+def compare(model, merged, batches, dtype):
+    """Largest absolute difference of the logits, their standard deviation, and on how many images top-1 agrees."""
+    model, merged = copy.deepcopy(model).to(dtype), copy.deepcopy(merged).to(dtype)
+    error, equal, outputs = 0.0, 0, []
+    for images, _ in batches:
+        a, b = model(images.to(dtype)), merged(images.to(dtype))
+        error = max(error, (a - b).abs().max().item())
+        equal += (a.argmax(1) == b.argmax(1)).sum().item()
+        outputs.append(a)
+    return error, torch.cat(outputs).std().item(), equal
+
+
+def check(model, merged, batches, dtype):
+    """Prints the comparison; raises UserError where the merged network is not the trained one up to rounding."""
+    error, std, equal = compare(model, merged, batches, dtype)
+    bound = 1e-10 * max(1, std) if dtype == torch.float64 else 1e-4 * std
+    count = len(batches.dataset)
+    text = (f"merged against unmerged in {str(dtype)[6:]}: max abs error {error:.1e} (bound {bound:.1e}),"
+            f" same top-1 on {equal} of {count} images")
+    if not error <= bound:  # also where it is not a number
+        raise UserError(f"{text}: they differ, nothing was written")
+    print(text, flush=True)
+
+
+def export(merged, spec, path):
+    """Writes `merged` as a torch.export program for any batch size, with the spec as its extra file spec.json."""
+    images = torch.zeros(2, *spec["input_size"])
+    program = torch.export.export(merged, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    about = {key: value for key, value in spec.items() if not isinstance(value, torch.Tensor)}
+    torch.export.save(program, path, extra_files={"spec.json": json.dumps(about)})
+
+
+@torch.inference_mode()
+def latencies(models, images, rounds=5):
+    """Median seconds per forward pass of each model. They take turns, so that a busy moment of the machine hits all."""
+    times = [[] for _ in models]
+    for _ in range(rounds):
+        for model, seconds in zip(models, times):
+            timer = benchmark.Timer("model(images)", globals={"model": model, "images": images},
+                                    num_threads=torch.get_num_threads())  # it would use one
+            seconds.append(timer.blocked_autorange(min_run_time=0.4).median)
+    return [statistics.median(seconds) for seconds in times]
+
+
+def main():
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    checkpoint = read(args.subnet, "subnet")
+    checkpoint["data_dir"] = args.data_dir or checkpoint["data_dir"]
+    model = build(checkpoint)
+    model.load_state_dict(checkpoint["state_dict"])
+    model.eval()
+    merged = merge(model)
+
+    # Is it the same network? On a GPU the whole comparison is in float64: its float32 convolutions round to TF32.
+    val = make_loader(checkpoint, "val", 128, device, args.workers)
+    check(model.to(device), merged.to(device), make_loader(checkpoint, "val", 32, device, limit=64), torch.float64)
+    check(model, merged, val, torch.float32 if device.type == "cpu" else torch.float64)
+
+    spec = {key: value for key, value in checkpoint.items() if not key.endswith("state_dict")} | {"stage": "merged"}
+    merged.cpu()
+    with replacing(args.out + "2") as temporary:
+        export(merged, spec, temporary)
+        program = torch.export.load(temporary).module()
+        torch.testing.assert_close
+        save({**spec, "state_dict": merged.state_dict()}, args.out)
+
+    # What it costs and what it is worth: the files as a user opens them
+    merged, _ = load(args.out, device)
+    baseline = load_baseline(checkpoint, device)
+    folded = load_baseline(checkpoint)
+    make_prunable(folded)
+    folded = merge(folded).to(device)
+    networks = {"baseline": baseline, "baseline, BN folded": folded, "merged": merged}
+    seconds = latencies(networks.values(), torch.randn(args.batch_size, *spec["input_size"], device=device))
+    rows = []
+    for (name, network), latency in zip(networks.items(), seconds):
+        c = cost(network, spec["input_size"])
+        rows.append((name, f"{c['params'] / 1e6:.3f}", f"{c['macs'] / 1e6:.1f}", f"{latency * 1e3:.2f}",
+                     f"{seconds[0] / latency:.2f}x", f"{evaluate(network, val)['top1']:.2f}"))
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    print(f"\n{spec['model']} at {spec['input_size'][-1]} px, {len(spec['prune'])} blocks pruned;"
+          f" latency of {args.batch_size} images on {device.type}{threads}, torch {torch.__version__}\n")
+    print_table(("", "params (M)", "MACs (M)", "latency (ms)", "speed-up", "top-1 (%)"), rows)
+    print(f"\nwrote {args.out} and {args.out}2")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,607 @@
+"""Prunable CNN and ViT blocks, and what the four stages share.
+
+UPDP prunes depth: it replaces whole blocks of a network by smaller ones that merge into one layer each
+(Liu et al., "UPDP: A Unified Progressive Depth Pruner for CNN and Vision Transformer", AAAI 2024).
+Every prunable block holds two forms, with a mix λ between them:
+
+    λ = 0   the baseline block: timm's own forward, bit for bit
+    λ = 1   the pruned block: nothing inside is nonlinear, so `fuse()` turns it into a single layer, exactly
+
+    timm class                            at λ = 1                                  merges into
+    resnet.BasicBlock                     no inner activation, conv2 only 1x1       one 3x3 conv, skip folded in
+    _efficientnet_blocks.InvertedResidual no inner activations                      one dense kxk conv, skip folded in
+    convnext.ConvNeXtBlock                LayerNorm -> BatchNorm, no GELU           depthwise conv + 1x1 conv, plus skip
+    vision_transformer.Block              norm2 -> BatchNorm, no GELU in the MLP    attention + one linear, skip folded in
+
+In a notebook:
+
+    model = timm.create_model("resnet34", pretrained=True)
+    names = make_prunable(model)                # ["layer1.0", "layer1.1", ...]
+    set_subnet(model, names[::2], mix=1.0)      # prune every other block
+    smaller = merge(model)                      # plain layers, same outputs
+    model, spec = load("runs/merged.pt")        # or any other stage's file
+
+First half: the blocks and the merge. Second half: files, images, evaluation, cost.
+"""
+import contextlib
+import copy
+import json
+import os
+import sys
+
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+from timm.layers import Mlp
+from timm.models import _efficientnet_blocks, convnext, resnet, vision_transformer
+from timm.utils import accuracy, reparameterize_model
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+BatchNorm = nn.modules.batchnorm._BatchNorm  # 1d, 2d, Sync and timm's BatchNormAct2d alike
+
+
+class UserError(ValueError):
+    """A mistake the user can mend. The scripts print it as one line, `error: …`, and exit with status 1."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pieces of a block
+# ---------------------------------------------------------------------------------------------------------------------
+
+def blend(baseline, pruned, mix):
+    """(1 - λ)·baseline() + λ·pruned(); at λ = 0 and λ = 1 the absent form is not computed."""
+    if mix == 0:
+        return baseline()
+    if mix == 1:
+        return pruned()
+    return (1 - mix) * baseline() + mix * pruned()
+
+
+def linear_mlp(mlp, x, mix):
+    """timm's Mlp on (..., C) with its activation fading out; at λ = 1 fc2·fc1 is one C x C matrix, 8 times cheaper."""
+    if mix == 1:
+        return mlp.drop2(F.linear(x, *compose_mlp(mlp)))
+    z = F.linear(x, mlp.fc1.weight.flatten(1), mlp.fc1.bias)  # flatten: fc1 and fc2 are 1x1 convs in some ConvNeXts
+    z = mlp.drop1(blend(lambda: mlp.act(z), lambda: z, mix))
+    return mlp.drop2(F.linear(z, mlp.fc2.weight.flatten(1), mlp.fc2.bias))
+
+
+def compose_mlp(mlp):
+    """Weight (C_out, C_in) and bias (C_out,) of fc2(fc1(x))."""
+    w1, w2 = mlp.fc1.weight.flatten(1), mlp.fc2.weight.flatten(1)
+    b1, b2 = (w.new_zeros(len(w)) if fc.bias is None else fc.bias for w, fc in ((w1, mlp.fc1), (w2, mlp.fc2)))
+    return w2 @ w1, w2 @ b1 + b2
+
+
+def batch_norm_like(norm, cls, channels):
+    """A BatchNorm that starts from `norm`'s weight and bias. Its statistics need a `recalibrate` before they are used."""
+    bn = cls(channels)
+    for ours, theirs in ((bn.weight, norm.weight), (bn.bias, getattr(norm, "bias", None))):
+        if theirs is not None:
+            ours.data.copy_(theirs.data)
+    return bn.to(next(norm.parameters(), bn.weight)).train(norm.training)
+
+
+def fold(conv, bn):
+    """Weight and bias of `conv` followed by `bn` in eval mode."""
+    return fuse_conv_bn_weights(
+        conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
+
+
+def conv_like(conv, weight, bias, groups=1):
+    """`conv` with other weights: its stride, padding and dilation stay, and its class (TF nets pad at run time)."""
+    conv = copy.deepcopy(conv)
+    conv.out_channels, conv.in_channels, conv.groups = len(weight), weight.shape[1] * groups, groups
+    conv.weight, conv.bias = nn.Parameter(weight.contiguous()), nn.Parameter(bias.contiguous())
+    return conv
+
+
+def add_identity(weight):
+    """Adds the skip to a conv kernel (C, C, k, k) with odd k, in place: 1 at [i, i, centre, centre]."""
+    channels = torch.arange(len(weight), device=weight.device)
+    weight[channels, channels, weight.shape[2] // 2, weight.shape[3] // 2] += 1
+
+
+def is_linear_mlp(mlp):
+    """True for timm's plain two-layer Mlp: no gate, no norm (ConvNeXtV2's GRN) between fc1 and fc2."""
+    return type(mlp) is Mlp and isinstance(mlp.norm, nn.Identity)
+
+
+class MergedBlock(nn.Module):
+    """act(main(x) + skip(x)), of plain layers only. What `fuse()` returns; skip is None where it is folded in."""
+
+    def __init__(self, main, skip=None, act=None):
+        super().__init__()
+        self.main, self.skip, self.act = main, skip, act or nn.Identity()
+
+    def forward(self, x):
+        y = self.main(x)
+        return self.act(y if self.skip is None else y + self.skip(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The prunable blocks. `make_prunable` turns a timm block into one in place, by changing its class: weights, state-dict
+# keys and isinstance checks stay timm's, and with λ = 0 it runs timm's own forward.
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Prunable:
+    """What the four families share. A family names its timm class and says which blocks `fits()`, what the pruned form
+    adds (`prepare`), how λ changes the forward pass, and what the block merges into at λ = 1 (`merged`)."""
+    mix = 0.0  # λ
+    end_act = None  # activation after the block that has none there; the merged network would be linear without
+    end_act_default = True
+    added = ("end_act",)  # modules that timm's block does not have
+
+    def finish(self, y):
+        return y if self.end_act is None else blend(lambda: y, lambda: self.end_act(y), self.mix)
+
+    @torch.no_grad()
+    def fuse(self):
+        """The merged block at λ = 1, timm's own block at λ = 0; ValueError in between, where there is no exact merge."""
+        if self.mix == 1:
+            return self.merged()
+        if self.mix != 0:
+            raise ValueError(f"a block at λ = {self.mix:g} is still in transition: only λ = 0 and λ = 1 merge exactly")
+        for name in self.added:
+            if name in self._modules:
+                delattr(self, name)
+        del self.mix
+        self.__class__ = self.timm_class
+        return self
+
+
+class PrunableBasicBlock(Prunable, resnet.BasicBlock):
+    """conv3x3-bn-act-conv3x3-bn + skip, act. Two 3x3 convs would compose to a 5x5, which is dearer than both:
+    so conv2 fades to its centre tap, and conv1 with a 1x1 behind it is one 3x3 conv at half the cost."""
+    timm_class = resnet.BasicBlock
+    added = ()  # its own act2 is the end activation
+
+    @staticmethod
+    def fits(block):
+        return (block.se is None and isinstance(block.aa, nn.Identity)
+                and isinstance(block.bn1, BatchNorm) and isinstance(block.bn2, BatchNorm))
+
+    def prepare(self, end_act):
+        self.act1.inplace = False  # the blend needs its input too
+
+    def forward(self, x):
+        if self.mix == 0:
+            return super().forward(x)
+        z = self.drop_block(self.bn1(self.conv1(x)))
+        z = blend(lambda: self.act1(z), lambda: z, self.mix)
+        weight, centre = self.conv2.weight, self.conv2.weight[:, :, 1:2, 1:2]
+        if self.mix == 1:
+            z = F.conv2d(z, centre)
+        else:
+            weight = torch.lerp(weight, F.pad(centre, (1, 1, 1, 1)), self.mix)  # outer taps times (1 - λ)
+            z = F.conv2d(z, weight, None, padding=self.conv2.padding, dilation=self.conv2.dilation)
+        z = self.bn2(z)
+        if self.drop_path is not None:
+            z = self.drop_path(z)
+        return self.act2(z + (x if self.downsample is None else self.downsample(x)))
+
+    def merged(self):
+        (w1, b1), (w2, b2) = fold(self.conv1, self.bn1), fold(self.conv2, self.bn2)
+        w2 = w2[:, :, 1, 1]
+        weight, bias = torch.einsum("om,mikl->oikl", w2, w1), w2 @ b1 + b2
+        skip = None
+        if self.downsample is None:
+            add_identity(weight)
+        elif (conv := self.downsample[0]) and isinstance(conv, nn.Conv2d) and conv.kernel_size == (1, 1):
+            w, b = fold(conv, self.downsample[1])  # same stride as conv1, and hits the same pixels as its centre tap
+            weight[:, :, 1:2, 1:2] += w
+            bias = bias + b
+        else:  # resnet-d averages first, over fewer pixels at an odd border: that stays a branch
+            skip = copy.deepcopy(self.downsample)
+        return MergedBlock(conv_like(self.conv1, weight, bias), skip, self.act2)
+
+
+class PrunableInvertedResidual(Prunable, _efficientnet_blocks.InvertedResidual):
+    """1x1 conv-bn-act, depthwise conv-bn-act, 1x1 conv-bn (+ skip), which becomes one dense kxk conv.
+
+    The depthwise conv pads with 0 what the merged conv pads with BN1's shift (what BN1 makes of 0). So the shift fades
+    out as well, and BN2 absorbs it: at λ = 1 nothing that is padded carries a constant, and borders are exact."""
+    timm_class = _efficientnet_blocks.InvertedResidual
+
+    @staticmethod
+    def fits(block):
+        pw, dw, pwl = block.conv_pw, block.conv_dw, block.conv_pwl
+        if not (getattr(block, "conv_s2d", None) is None  # no space-to-depth, squeeze-excite or anti-aliasing
+                and isinstance(block.se, nn.Identity) and isinstance(block.aa, nn.Identity)
+                and all(isinstance(conv, nn.Conv2d) and conv.bias is None for conv in (pw, dw, pwl))
+                and all(isinstance(bn, BatchNorm) for bn in (block.bn1, block.bn2, block.bn3))
+                and pw.kernel_size == pwl.kernel_size == (1, 1) and dw.kernel_size[0] % 2 == 1
+                and pw.groups == pwl.groups == 1 and dw.groups == dw.in_channels == dw.out_channels):
+            return False
+        # MACs per output pixel; a dense 5x5 is often dearer than what it replaces
+        taps, s2 = dw.kernel_size[0] * dw.kernel_size[1], dw.stride[0] * dw.stride[1]
+        baseline = s2 * pw.in_channels * pw.out_channels + taps * dw.in_channels + pwl.in_channels * pwl.out_channels
+        return taps * pw.in_channels * pwl.out_channels < baseline
+
+    def prepare(self, end_act):
+        for bn in (self.bn1, self.bn2):
+            bn.act.inplace = False
+        self.end_act = copy.deepcopy(self.bn2.act) if end_act else None
+
+    def forward(self, x):
+        if self.mix == 0:
+            return super().forward(x)
+        bn1 = self.bn1  # timm's BN modules apply the activation themselves: nn.BatchNorm2d.forward leaves it out
+        z = nn.BatchNorm2d.forward(bn1, self.conv_pw(x))
+        z = blend(lambda: bn1.act(z), lambda: z, self.mix)
+        shift = bn1.bias - bn1.weight * bn1.running_mean * torch.rsqrt(bn1.running_var + bn1.eps)
+        z = z - self.mix * shift.view(1, -1, 1, 1)
+        u = nn.BatchNorm2d.forward(self.bn2, self.conv_dw(z))
+        u = blend(lambda: self.bn2.act(u), lambda: u, self.mix)
+        y = self.bn3(self.conv_pwl(u))
+        return self.finish(self.drop_path(y) + x if self.has_skip else y)
+
+    def merged(self):
+        (w1, _), (w2, b2), (w3, b3) = (
+            fold(self.conv_pw, self.bn1), fold(self.conv_dw, self.bn2), fold(self.conv_pwl, self.bn3))
+        w3 = w3[:, :, 0, 0]
+        weight = torch.einsum("om,mkl,mi->oikl", w3, w2[:, 0], w1[:, :, 0, 0])
+        if self.has_skip:
+            add_identity(weight)
+        return MergedBlock(conv_like(self.conv_dw, weight, w3 @ b2 + b3), act=self.end_act)
+
+
+class PrunableConvNeXtBlock(Prunable, convnext.ConvNeXtBlock):
+    """Depthwise 7x7-LN-fc1-GELU-fc2-γ + skip. A dense 7x7 would be 5.8 times dearer than the block: so the depthwise conv
+    stays, with its BN folded in, and γ·fc2·fc1 becomes one 1x1 conv."""
+    timm_class = convnext.ConvNeXtBlock
+    added = ("end_act", "norm_bn")
+
+    @staticmethod
+    def fits(block):
+        return is_linear_mlp(block.mlp)
+
+    def prepare(self, end_act):
+        self.norm_bn = batch_norm_like(self.norm, nn.BatchNorm2d, self.conv_dw.out_channels)
+        self.end_act = copy.deepcopy(self.mlp.act) if end_act else None
+
+    def forward(self, x):
+        if self.mix == 0:
+            return super().forward(x)
+        z = self.conv_dw(x)
+        z = blend(lambda: self.norm(z) if self.use_conv_mlp else self.norm(z.permute(0, 2, 3, 1)).permute(0, 3, 1, 2),
+                  lambda: self.norm_bn(z), self.mix)
+        z = linear_mlp(self.mlp, z.permute(0, 2, 3, 1), self.mix).permute(0, 3, 1, 2)
+        if self.gamma is not None:
+            z = z * self.gamma.view(1, -1, 1, 1)
+        return self.finish(self.drop_path(z) + self.shortcut(x))
+
+    def merged(self):
+        depthwise = conv_like(self.conv_dw, *fold(self.conv_dw, self.norm_bn), groups=self.conv_dw.groups)
+        weight, bias = compose_mlp(self.mlp)
+        if self.gamma is not None:
+            weight, bias = weight * self.gamma[:, None], bias * self.gamma
+        pointwise = conv_like(nn.Conv2d(1, 1, 1), weight[:, :, None, None], bias)
+        return MergedBlock(nn.Sequential(depthwise, pointwise), self.shortcut, self.end_act)
+
+
+class PrunableViTBlock(Prunable, vision_transformer.Block):
+    """x + attn(norm1(x)), then x + mlp(norm2(x)). The attention half stays; the MLP half becomes one C x C linear."""
+    timm_class = vision_transformer.Block
+    added = ("end_act", "norm2_bn")
+    end_act_default = False  # the attention's softmax keeps the network nonlinear
+
+    @staticmethod
+    def fits(block):
+        return is_linear_mlp(block.mlp)
+
+    def prepare(self, end_act):
+        self.norm2_bn = batch_norm_like(self.norm2, nn.BatchNorm1d, self.mlp.fc1.in_features)
+        self.end_act = copy.deepcopy(self.mlp.act) if end_act else None
+
+    def forward(self, x, **attn_args):
+        if self.mix == 0:
+            return super().forward(x, **attn_args)
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **attn_args)))
+        z = blend(lambda: self.norm2(x),
+                  lambda: self.norm2_bn(x.flatten(0, 1)).view_as(x), self.mix)  # statistics over all tokens
+        return self.finish(x + self.drop_path2(self.ls2(linear_mlp(self.mlp, z, self.mix))))
+
+    def merged(self):
+        bn, (weight, bias) = self.norm2_bn, compose_mlp(self.mlp)
+        scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
+        weight, bias = weight * scale, bias + weight @ (bn.bias - bn.running_mean * scale)
+        if not isinstance(self.ls2, nn.Identity):
+            weight, bias = weight * self.ls2.gamma[:, None], bias * self.ls2.gamma
+        weight = weight + torch.eye(len(weight)).to(weight)
+        linear = nn.Linear(1, 1)
+        linear.in_features = linear.out_features = len(weight)
+        linear.weight, linear.bias = nn.Parameter(weight.contiguous()), nn.Parameter(bias)
+        return nn.Sequential(MergedBlock(nn.Sequential(self.norm1, self.attn, self.ls1), nn.Identity()),
+                             MergedBlock(linear, act=self.end_act))
+
+
+FAMILIES = (PrunableBasicBlock, PrunableInvertedResidual, PrunableConvNeXtBlock, PrunableViTBlock)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A network of such blocks
+# ---------------------------------------------------------------------------------------------------------------------
+
+def make_prunable(model, end_act=None):
+    """Turns a timm model's blocks prunable, in place; nothing is pruned yet and the outputs stay the same bits.
+
+    end_act: insert an activation at the end of pruned blocks that have none? None: yes for CNNs, no for ViTs.
+    Returns the blocks' module paths, in running order. Raises UserError where the model has no prunable block.
+    Call it after the weights are loaded: the pruned form's BatchNorm starts from the LayerNorm it replaces."""
+    for module in list(model.modules()):
+        for family in FAMILIES:
+            if type(module) is family.timm_class and family.fits(module):
+                module.__class__, module.mix = family, 0.0
+                module.prepare(family.end_act_default if end_act is None else end_act)
+    if not prunable_blocks(model):
+        raise UserError(f"{type(model).__name__} has no prunable block: use a ResNet of basic blocks (resnet18, resnet34),"
+                        " a mobilenetv2_*, efficientnet_lite*, convnext_* (not V2), deit_* or vit_*")
+    return list(prunable_blocks(model))
+
+
+def prunable_blocks(model):
+    """{module path: block}, in running order."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, Prunable)}
+
+
+def set_subnet(model, pruned, mix=1.0):
+    """Puts the blocks named in `pruned` (module paths) at λ = mix, 0 to 1, and all others at λ = 0."""
+    blocks, pruned = prunable_blocks(model), set(pruned)
+    if unknown := sorted(pruned - blocks.keys()):
+        raise UserError(f"no prunable block {', '.join(unknown)}; this model has {', '.join(blocks)}")
+    if not 0 <= mix <= 1:
+        raise ValueError(f"λ goes from 0 to 1, not {mix}")
+    for path, block in blocks.items():
+        block.mix = float(mix) if path in pruned else 0.0
+
+
+@torch.no_grad()
+def merge(model):
+    """A merged copy of `model`, in eval mode: each block at λ = 1 is one or two plain layers, each other block is timm's
+    own, and every BN that follows a conv is folded into it. Computed in float64, returned in the model's own dtype."""
+    dtype = next(model.parameters()).dtype
+    merged = reparameterize_model(copy.deepcopy(model).double().eval(), inplace=True)
+    last = None  # path and module of the leaf before; in all the families a conv's BN is registered right behind it
+    for path, module in list(merged.named_modules()):
+        if isinstance(module, BatchNorm):
+            if last and isinstance(last[1], nn.Conv2d) and last[1].out_channels == module.num_features:
+                merged.set_submodule(last[0], fuse_conv_bn_eval(last[1], module))
+                merged.set_submodule(path, getattr(module, "act", nn.Identity()))  # BatchNormAct2d brings its activation
+            last = None
+        elif not list(module.children()):
+            last = path, module
+    return merged.to(dtype)
+
+
+@torch.no_grad()
+def recalibrate(model, batches):
+    """Sets the statistics of every BN to the average over `batches` (an iterable of images), whatever they were before:
+    a subnet of shared weights has no statistics of its own. Leaves the model in eval mode.
+
+    Like torch.optim.swa_utils.update_bn, but only the BNs are in train mode: drop-path and dropout stay off."""
+    model.eval()
+    norms = [(m, m.momentum) for m in model.modules() if isinstance(m, BatchNorm)]
+    if not norms:
+        return
+    for bn, _ in norms:
+        bn.reset_running_stats()
+        bn.momentum = None  # cumulative average
+        bn.train()
+    for images in batches:
+        model(images)
+    for bn, momentum in norms:
+        bn.momentum = momentum
+        bn.eval()
+
+
+@torch.no_grad()
+def cost(model, input_size):
+    """{"params": …, "macs": …} of one forward pass on (1, *input_size), counted on the meta device: nothing is computed."""
+    model = copy.deepcopy(model).to("meta").eval()
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, *input_size, device="meta", dtype=next(model.parameters()).dtype))
+    return {"params": sum(p.numel() for p in model.parameters()), "macs": counter.get_total_flops() // 2}
+
+
+# =====================================================================================================================
+# Second half: what the stages share. Files between the stages
+# =====================================================================================================================
+
+def run(main):
+    """Runs a stage; a mistake the user can mend ends it with one `error:` line and exit status 1."""
+    try:
+        main()
+    except (UserError, OSError) as error:
+        # an error from a loader's worker process arrives with that worker's traceback: its last line says what it is
+        sys.exit("error: " + (str(error).strip().splitlines() or [repr(error)])[-1].removeprefix("blocks.UserError: "))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def pick_device(name):
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yields a temporary path beside `path`, which takes its place at the end: a reader never sees half a file."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    temporary = f"{path}.tmp"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def save(checkpoint, path):
+    """A checkpoint is one flat dict of tensors and plain values; "stage" names the script that wrote it."""
+    with replacing(path) as temporary:
+        torch.save({"format": 1, **checkpoint}, temporary)
+
+
+def read(path, *stages):
+    """The dict that one of `stages` saved: "supernet", "subnet" or "merged" (none named: any)."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path} does not exist: run the stage before this one, or name its file")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        stage = checkpoint["stage"]
+    except Exception as error:
+        raise UserError(f"{path} is damaged or not a checkpoint of this project: write it again") from error
+    if stages and stage not in stages:
+        raise UserError(f"{path} holds a {stage}, this needs a {' or '.join(stages)}")
+    return checkpoint
+
+
+def read_json(path):
+    """A subnet spec; a person has to write no more than {"format": 1, "model": …, "prune": […]}."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path} does not exist: run 2_search.py first, or write it by hand")
+    try:
+        with open(path, encoding="utf-8") as file:
+            spec = json.load(file)
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not (isinstance(spec, dict) and spec.get("format") == 1 and isinstance(spec.get("model"), str)
+            and isinstance(spec.get("prune"), list) and all(isinstance(name, str) for name in spec["prune"])):
+        raise UserError(f'{path} needs at least {{"format": 1, "model": "…", "prune": ["block", …]}}')
+    return spec
+
+
+def create_model(name, **model_args):
+    """timm.create_model with its mistakes as UserErrors."""
+    if ":" not in name and not timm.is_model(name):
+        similar = timm.list_models(f"*{name[:6]}*")[:8]
+        raise UserError(f"timm has no model {name}" + (f"; similar: {', '.join(similar)}" if similar else ""))
+    try:
+        return timm.create_model(name, **model_args)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise UserError(f"timm cannot build {name} with {model_args}: {error}") from error
+
+
+def build(spec):
+    """The model that a checkpoint's weights fit: prunable, its subnet chosen, merged where it is a merged network's."""
+    model = create_model(spec["model"], **spec["model_args"])
+    make_prunable(model, spec.get("end_act"))
+    set_subnet(model, spec.get("prune", ()))
+    return merge(model) if spec["stage"] == "merged" else model
+
+
+def load(path, device="cpu"):
+    """Opens any stage's checkpoint. Returns (model in eval mode, spec): spec is the checkpoint without its weights, with
+    "stage", "model", "model_args", "input_size" (C, H, W), "mean", "std", "classes", and "prune" once it is chosen."""
+    checkpoint = read(path)
+    model = build(checkpoint)
+    model.load_state_dict(checkpoint["state_dict"])
+    spec = {key: value for key, value in checkpoint.items() if not key.endswith("state_dict")}
+    return model.to(device).eval(), spec
+
+
+def load_baseline(checkpoint, device="cpu"):
+    """The timm model that was pruned, with its own weights."""
+    model = create_model(checkpoint["model"], **checkpoint["model_args"])
+    model.load_state_dict(checkpoint["baseline_state_dict"])
+    return model.to(device).eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images and evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Images(torch.utils.data.Dataset):
+    """Some images of a timm data set. timm skips an image that it cannot read; here it is an error that names it."""
+    transform = None  # set by timm's create_loader
+
+    def __init__(self, dataset, indices):
+        self.dataset, self.indices = dataset, indices
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        index = int(self.indices[i])
+        try:
+            if reader := getattr(self.dataset, "reader", None):
+                file, label = reader[index][:2]
+                image = Image.open(file).convert("RGB")
+            else:  # a torchvision data set
+                image, label = self.dataset[index]
+        except OSError as error:
+            name = reader.filename(index, absolute=True) if reader else f"number {index}"
+            raise UserError(f"cannot read image {name} ({type(error).__name__}): mend or remove it") from error
+        return self.transform(image.convert("RGB")), label
+
+
+def open_dataset(spec, split):
+    """The "train" or "val" split of the data that `spec` names, as a timm data set without transform."""
+    name, root, split = spec["dataset"], spec["data_dir"], spec[f"{split}_split"]
+    options = {}
+    if not name:  # a folder of class folders
+        root = os.path.join(root, split)
+        if not os.path.isdir(root):
+            raise UserError(f"no folder {root}: --data-dir needs the folders {spec['train_split']} and {spec['val_split']},"
+                            " each with one folder of images per class")
+        if spec.get("classes"):  # the folders of both splits, numbered alike
+            options["class_map"] = {name: i for i, name in enumerate(spec["classes"])}
+    try:
+        dataset = timm.data.create_dataset(
+            name, root=root, split=split, search_split=bool(name), download=spec.get("download", False), **options)
+    except (RuntimeError, AssertionError, ValueError, ImportError) as error:
+        raise UserError(f"cannot open {name or root}: {str(error).splitlines()[0]}") from error
+    if isinstance(dataset, torch.utils.data.IterableDataset):
+        raise UserError(f"{name} is a stream, of which no part can be held back: use a folder, torch/… or hfds/…")
+    if len(dataset) == 0:
+        raise UserError(f"no images in {name or root}")
+    return dataset
+
+
+def make_loader(spec, part, batch_size, device, workers=0, train=False, limit=None):
+    """timm's loader of normalised batches (B, C, H, W) and labels (B,) on `device`.
+
+    part: "train" (without what is held back), "holdout" (the part of the training images that the search scores on) or
+    "val". train: shuffled, augmented, last batch dropped. limit: only that many, drawn with the seed of the holdout."""
+    dataset = open_dataset(spec, "val" if part == "val" else "train")
+    indices = torch.arange(len(dataset))
+    if part != "val":
+        if len(dataset) != spec["train_images"]:
+            raise UserError(f"{spec['data_dir']} has {len(dataset)} training images, the checkpoint was made with"
+                            f" {spec['train_images']}: name the same data with --data-dir")
+        held = torch.zeros(len(dataset), dtype=torch.bool)
+        held[spec["holdout"]] = True
+        indices = indices[held if part == "holdout" else ~held]
+    if limit and limit < len(indices):
+        indices = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(spec["seed"]))[:limit]]
+    return timm.data.create_loader(
+        Images(dataset, indices), tuple(spec["input_size"]), min(batch_size, len(indices)), is_training=train,
+        scale=spec["scale"], color_jitter=0, interpolation=spec["interpolation"], crop_pct=spec["crop_pct"],
+        mean=spec["mean"], std=spec["std"], device=torch.device(device), num_workers=workers)
+
+
+@torch.no_grad()
+def evaluate(model, batches):
+    """{"loss": mean cross entropy, "top1": %} over an iterable of (images, labels)."""
+    model.eval()
+    loss = correct = count = 0
+    for images, labels in tqdm(batches, "evaluate", leave=False, disable=None):
+        logits = model(images).float()
+        loss += F.cross_entropy(logits, labels, reduction="sum").item()
+        correct += accuracy(logits, labels)[0].item() * len(labels)
+        count += len(labels)
+    return {"loss": loss / count, "top1": correct / count}
+
+
+def print_table(header, rows):
+    """Rows of text, the first column flush left, the others flush right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    for row in (header, *rows):
+        print("  ".join(text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths))))
