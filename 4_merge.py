@@ -19,9 +19,8 @@ import os
 import statistics
 
 import torch
-from torch.utils import benchmark
 
-from blocks import (build, cost, evaluate, load, load_baseline, make_loader, make_prunable, merge, pick_device, print_table,
+from blocks import (UserError, build, cost, evaluate, load, load_baseline, make_loader, make_prunable, merge, pick_device, print_table,
                     read, replacing, run, save)
 
 parser = argparse.ArgumentParser(
@@ -31,29 +30,24 @@ parser.add_argument("--data-dir", metavar="DIR", help="where the images are (Non
 parser.add_argument("--batch-size", type=int, default=16, help="images per forward pass that is timed")
 parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
 parser.add_argument("--workers", type=int, default=2, help="processes that load images")
-parser.add_argument("--out", default="runs/merged.pt", metavar="FILE", help="the merged network; FILE2 is its export")
+parser.add_argument("--out", default="runs/merged.pt", metavar="FILE", help="the merged network; its export has a 2 behind the name")
 
 
 @torch.no_grad()
-def compare(model, merged, batches, dtype):
-    """Largest absolute difference of the logits, their standard deviation, and on how many images top-1 agrees."""
-    model, merged = copy.deepcopy(model).to(dtype), copy.deepcopy(merged).to(dtype)
-    error, equal, outputs = 0.0, 0, []
+def check(names, ours, theirs, batches, dtype, bound):
+    """Prints how far two networks' logits are apart, computed in `dtype`; raises UserError where that is more than
+    `bound` (times the logits' standard deviation)."""
+    ours, theirs = copy.deepcopy(ours).to(dtype), copy.deepcopy(theirs).to(dtype)
+    error, equal, logits = 0.0, 0, []
     for images, _ in batches:
-        a, b = model(images.to(dtype)), merged(images.to(dtype))
+        a, b = ours(images.to(dtype)), theirs(images.to(dtype))
         error = max(error, (a - b).abs().max().item())
         equal += (a.argmax(1) == b.argmax(1)).sum().item()
-        outputs.append(a)
-    return error, torch.cat(outputs).std().item(), equal
-
-
-def check(model, merged, batches, dtype):
-    """Prints the comparison; raises UserError where the merged network is not the trained one up to rounding."""
-    error, std, equal = compare(model, merged, batches, dtype)
-    bound = 1e-10 * max(1, std) if dtype == torch.float64 else 1e-4 * std
-    count = len(batches.dataset)
-    text = (f"merged against unmerged in {str(dtype)[6:]}: max abs error {error:.1e} (bound {bound:.1e}),"
-            f" same top-1 on {equal} of {count} images")
+        logits.append(a)
+    logits = torch.cat(logits)
+    bound *= logits.std().item()
+    text = (f"{names} in {str(dtype)[6:]}: max abs error {error:.1e} (bound {bound:.1e}),"
+            f" same top-1 on {equal} of {len(logits)} images")
     if not error <= bound:  # also where it is not a number
         raise UserError(f"{text}: they differ, nothing was written")
     print(text, flush=True)
@@ -70,6 +64,8 @@ def export(merged, spec, path):
 @torch.inference_mode()
 def latencies(models, images, rounds=5):
     """Median seconds per forward pass of each model. They take turns, so that a busy moment of the machine hits all."""
+    from torch.utils import benchmark  # here, because it may print a warning about CUDA as it is imported
+
     times = [[] for _ in models]
     for _ in range(rounds):
         for model, seconds in zip(models, times):
@@ -87,29 +83,34 @@ def main():
     model = build(checkpoint)
     model.load_state_dict(checkpoint["state_dict"])
     model.eval()
-    merged = merge(model)
 
-    # Is it the same network? On a GPU the whole comparison is in float64: its float32 convolutions round to TF32.
-    val = make_loader(checkpoint, "val", 128, device, args.workers)
-    check(model.to(device), merged.to(device), make_loader(checkpoint, "val", 32, device, limit=64), torch.float64)
-    check(model, merged, val, torch.float32 if device.type == "cpu" else torch.float64)
+    # Is it the same network? The merge itself: in float64. The weights to be written, rounded to float32: on all images
+    # (on a GPU still computed in float64, as its float32 convolutions round to TF32).
+    val, few = (make_loader(checkpoint, "val", 64, device, args.workers, limit=limit) for limit in (None, 64))
+    merged = merge(copy.deepcopy(model).double())
+    check("merged against unmerged", model.to(device), merged.to(device), few, torch.float64, 1e-10)
+    merged.float()
+    check("merged against unmerged", model, merged, val, torch.float32 if device.type == "cpu" else torch.float64, 1e-4)
 
-    spec = {key: value for key, value in checkpoint.items() if not key.endswith("state_dict")} | {"stage": "merged"}
     merged.cpu()
-    with replacing(args.out + "2") as temporary:
+    spec = {key: value for key, value in checkpoint.items() if not key.endswith("state_dict")} | {"stage": "merged"}
+    exported = args.out + "2"
+    with replacing(exported) as temporary:
         export(merged, spec, temporary)
         program = torch.export.load(temporary).module()
-        torch.testing.assert_close
+        check(f"{exported} against merged", merged, program, [(x.cpu(), y) for x, y in few], torch.float32,
+              1e-4)
         save({**spec, "state_dict": merged.state_dict()}, args.out)
 
     # What it costs and what it is worth: the files as a user opens them
-    merged, _ = load(args.out, device)
-    baseline = load_baseline(checkpoint, device)
-    folded = load_baseline(checkpoint)
+    merged, _ = load(args.out)
+    baseline, folded = load_baseline(checkpoint), load_baseline(checkpoint)
     make_prunable(folded)
-    folded = merge(folded).to(device)
-    networks = {"baseline": baseline, "baseline, BN folded": folded, "merged": merged}
-    seconds = latencies(networks.values(), torch.randn(args.batch_size, *spec["input_size"], device=device))
+    folded = merge(folded)
+    networks = {name: network.to(device, memory_format=torch.channels_last) for name, network in (
+        ("baseline", baseline), ("baseline, BN folded", folded), ("merged", merged))}  # channels_last: faster for each
+    images = torch.randn(args.batch_size, *spec["input_size"], device=device).to(memory_format=torch.channels_last)
+    seconds = latencies(networks.values(), images)
     rows = []
     for (name, network), latency in zip(networks.items(), seconds):
         c = cost(network, spec["input_size"])

@@ -433,8 +433,9 @@ def pick_device(name):
 @contextlib.contextmanager
 def replacing(path):
     """Yields a temporary path beside `path`, which takes its place at the end: a reader never sees half a file."""
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    temporary = f"{path}.tmp"
+    folder, name = os.path.split(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, f"tmp.{name}")  # torch.export wants the right ending
     try:
         yield temporary
         os.replace(temporary, path)
