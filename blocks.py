@@ -79,11 +79,12 @@ def compose_mlp(mlp):
 
 def batch_norm_like(norm, cls, channels):
     """A BatchNorm that starts from `norm`'s weight and bias. Its statistics need a `recalibrate` before they are used."""
-    bn = cls(channels)
+    like = next(norm.parameters(), None)
+    bn = cls(channels, **({} if like is None else {"device": like.device, "dtype": like.dtype}))
     for ours, theirs in ((bn.weight, norm.weight), (bn.bias, getattr(norm, "bias", None))):
         if theirs is not None:
             ours.data.copy_(theirs.data)
-    return bn.to(next(norm.parameters(), bn.weight)).train(norm.training)
+    return bn.train(norm.training)
 
 
 def fold(conv, bn):

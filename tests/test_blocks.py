@@ -1,0 +1,272 @@
+"""Blocks and merge: λ = 0 is timm's network bit for bit, λ = 1 is the merged network to float64 rounding."""
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from timm.models._efficientnet_blocks import InvertedResidual
+from timm.models.convnext import ConvNeXtBlock
+from timm.models.resnet import BasicBlock, downsample_avg, downsample_conv
+from timm.models.vision_transformer import Block
+
+import blocks
+from blocks import BatchNorm, UserError, cost, make_prunable, merge, prunable_blocks, recalibrate, set_subnet
+
+VIT32 = {"patch_size": 4, "img_size": 32}
+NETWORKS = [("resnet34", {}), ("mobilenetv2_100", {}), ("convnext_tiny", {}), ("deit_tiny_patch16_224", VIT32)]
+SMALL = [("test_resnet", {}), ("mobilenetv2_035", {}), ("test_convnext", {}), ("test_vit", {"img_size": 32}),
+         ("resnet18d", {}), ("mobilenetv3_small_050", {}), ("efficientnet_lite0", {}), ("tf_efficientnet_lite0", {}),
+         ("convnext_atto", {"conv_mlp": True}), ("test_vit2", {"img_size": 32})]
+
+
+def create(name, model_args):
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=10, **model_args).double().eval()
+
+
+def images(size, count=4):
+    return torch.randn(count, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(size))
+
+
+@torch.no_grad()
+def randomise(model, batch, strength=1.0):
+    """Random BN affine, layer scale and biases; BN statistics as `batch` gives them, then shaken: fresh BN hides every
+    bug, but outputs that are all clipped by ReLU6 would hide as many."""
+    for module in model.modules():
+        if isinstance(module, BatchNorm):
+            module.weight.uniform_(1 - strength / 2, 1 + strength / 2)
+            module.bias.normal_(std=strength / 2)
+        elif isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
+            module.bias.normal_(std=0.1)
+        if isinstance(getattr(module, "gamma", None), nn.Parameter):
+            module.gamma.uniform_(0.2, 0.5)
+    recalibrate(model, [batch])
+    for module in model.modules():
+        if isinstance(module, BatchNorm):
+            module.running_mean += strength / 5 * module.running_var.sqrt() * torch.randn_like(module.running_mean)
+            module.running_var *= torch.empty_like(module.running_var).uniform_(1 - strength / 3, 1 + strength / 3)
+
+
+@torch.no_grad()
+def assert_same(ours, merged, batch):
+    a, b = ours(batch), merged(batch)
+    assert a.dtype == b.dtype == torch.float64
+    assert (a - a[:1]).abs().mean() > 1e-3, "outputs that do not depend on the image test nothing"
+    assert (a - b).abs().max() <= 1e-10
+
+
+def check_network(name, model_args, chosen, sizes):
+    model = create(name, model_args)
+    names = make_prunable(model)
+    set_subnet(model, chosen(names))
+    for size in (32,) if "img_size" in model_args else sizes:
+        randomise(model, images(size, 16))
+        merged = merge(model)
+        assert_same(model, merged, images(size))
+    assert not any(isinstance(module, (blocks.Prunable, nn.BatchNorm2d)) for module in merged.modules())
+    return model
+
+
+@pytest.mark.parametrize("share", ["all", "half", "none"])
+@pytest.mark.parametrize("name, model_args", NETWORKS, ids=[name for name, _ in NETWORKS])
+def test_merged_network_is_the_trained_one(name, model_args, share):
+    chosen = {"all": lambda names: names, "half": lambda names: names[::2], "none": lambda names: []}[share]
+    model = check_network(name, model_args, chosen, (32, 33, 47))
+    # In float32 less random: a deep net with BN parameters that wild amplifies its own rounding errors beyond the bound.
+    batch = images(model_args.get("img_size", 47), 16)
+    randomise(model, batch, strength=0.2)
+    merged, batch = merge(model).float(), batch.float()
+    with torch.no_grad():
+        a, b = model.float()(batch), merged(batch)
+    assert (a - b).abs().max() <= 1e-4 * a.std()
+
+
+@pytest.mark.parametrize("name, model_args", SMALL, ids=[name for name, _ in SMALL])
+def test_other_networks_of_the_families(name, model_args):
+    check_network(name, model_args, lambda names: names, (32, 33))
+
+
+def downsample(kind, stride):
+    make = {"conv": downsample_conv, "avg": downsample_avg}[kind]
+    return make(8, 12, kernel_size=1, stride=stride)
+
+
+BLOCKS = {
+    "basic": lambda: BasicBlock(8, 8),
+    "basic, dilated": lambda: BasicBlock(8, 8, dilation=2),
+    "basic, stride 2": lambda: BasicBlock(8, 12, stride=2, downsample=downsample("conv", 2)),
+    "basic, wider": lambda: BasicBlock(8, 12, downsample=downsample("conv", 1)),
+    "basic, resnet-d": lambda: BasicBlock(8, 12, stride=2, downsample=downsample("avg", 2)),
+    "inverted": lambda: InvertedResidual(8, 8, exp_ratio=6, act_layer=nn.ReLU6),
+    "inverted, stride 2": lambda: InvertedResidual(8, 12, stride=2, exp_ratio=6, act_layer=nn.ReLU6),
+    "inverted, no skip": lambda: InvertedResidual(8, 8, exp_ratio=6, noskip=True),
+    "inverted, 5x5 stride 2": lambda: InvertedResidual(8, 8, dw_kernel_size=5, stride=2, exp_ratio=6),
+    "inverted, TF padding": lambda: InvertedResidual(8, 12, stride=2, exp_ratio=6, pad_type="same"),
+    "convnext": lambda: ConvNeXtBlock(8, ls_init_value=1.0),
+    "convnext, conv mlp": lambda: ConvNeXtBlock(8, conv_mlp=True, ls_init_value=None),
+    "convnext, stride 2": lambda: ConvNeXtBlock(8, stride=2, ls_init_value=0.5),
+    "convnext, no bias": lambda: ConvNeXtBlock(8, conv_bias=False),
+}
+
+
+@pytest.mark.parametrize("end_act", [True, False])
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_merged_block_is_the_trained_one(kind, end_act):
+    torch.manual_seed(0)
+    model = nn.Sequential(BLOCKS[kind]()).double().eval()
+    make_prunable(model, end_act)
+    set_subnet(model, ["0"])
+    for height, width in ((32, 32), (33, 33), (47, 32), (5, 7)):
+        batch = torch.randn(4, 8, height, width, dtype=torch.float64)
+        randomise(model, batch)
+        merged = merge(model)
+        assert_same(model, merged, batch)
+        assert_same(model, nn.Sequential(copy.deepcopy(model)[0].fuse()), batch)
+        convs = [module for module in merged.modules() if isinstance(module, nn.Conv2d)]
+        assert len(convs) == (2 if "convnext" in kind or "resnet-d" in kind else 1)
+        assert all(conv.weight.is_contiguous() for conv in convs)
+
+
+@pytest.mark.parametrize("end_act", [True, False])
+@pytest.mark.parametrize("init_values", [None, 0.3])
+def test_merged_vit_block_is_the_trained_one(end_act, init_values):
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(16, 2, qkv_bias=True, qk_norm=True, init_values=init_values)).double().eval()
+    make_prunable(model, end_act)
+    set_subnet(model, ["0"])
+    tokens = torch.randn(4, 17, 16, dtype=torch.float64)
+    randomise(model, tokens)
+    assert_same(model, merge(model), tokens)
+
+
+def test_borders_need_the_cure():
+    """Where BN1's shift is left in what the depthwise conv pads, the merged block is wrong at the border, and only there:
+    so the test above can see that error."""
+    torch.manual_seed(0)
+    model = nn.Sequential(InvertedResidual(8, 8, exp_ratio=6)).double().eval()
+    make_prunable(model, end_act=False)
+    set_subnet(model, ["0"])
+    batch = torch.randn(4, 8, 16, 16, dtype=torch.float64)
+    randomise(model, batch)
+    block, merged = model[0], merge(model)
+    with torch.no_grad():
+        z = nn.BatchNorm2d.forward(block.bn1, block.conv_pw(batch))
+        u = nn.BatchNorm2d.forward(block.bn2, block.conv_dw(z))
+        difference = block.bn3(block.conv_pwl(u)) + batch - merged(batch)
+    constant = difference[:1, :, 8:9, 8:9]  # inside, the shift is a constant that BN2 can absorb
+    assert (difference - constant)[..., 1:-1, 1:-1].abs().max() < 1e-10
+    assert (difference - constant).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("name, model_args", NETWORKS, ids=[name for name, _ in NETWORKS])
+def test_nothing_pruned_is_timm_bit_for_bit(name, model_args, train):
+    theirs = create(name, model_args).float().train(train)
+    ours = copy.deepcopy(theirs)
+    names = make_prunable(ours)
+    timm_keys, our_keys = list(theirs.state_dict()), list(ours.state_dict())
+    assert [key for key in our_keys if key in timm_keys] == timm_keys
+    assert all("norm_bn" in key or "norm2_bn" in key for key in set(our_keys) - set(timm_keys))
+    assert names == list(prunable_blocks(ours)) and len(names) in (12, 16, 18)
+    batch = images(32).float()
+    for pruned, mix in (([], 1.0), (names, 0.0)):
+        set_subnet(ours, pruned, mix)
+        torch.manual_seed(1)
+        expected = copy.deepcopy(theirs)(batch)
+        torch.manual_seed(1)
+        assert torch.equal(copy.deepcopy(ours)(batch), expected)
+
+
+@pytest.mark.parametrize("name, model_args", NETWORKS, ids=[name for name, _ in NETWORKS])
+def test_mix_is_continuous(name, model_args):
+    """λ close to 0 is close to timm's block, λ close to 1 to the pruned one: no form jumps when it is left out."""
+    model = create(name, model_args)
+    names = make_prunable(model)
+    set_subnet(model, names)
+    randomise(model, images(32, 16))
+    outputs = {}
+    for mix in (0, 1e-7, 0.5, 1 - 1e-7, 1):
+        set_subnet(model, names, mix)
+        with torch.no_grad():
+            outputs[mix] = model(images(32))
+    scale = outputs[0].std() + outputs[1].std()
+    assert (outputs[0] - outputs[1e-7]).abs().max() < 1e-3 * scale
+    assert (outputs[1] - outputs[1 - 1e-7]).abs().max() < 1e-3 * scale
+    assert (outputs[1] - outputs[0]).abs().max() > 1e-2 * scale
+
+
+@pytest.mark.parametrize("name, gmacs", [("resnet34", 3.664), ("mobilenetv2_100", 0.301), ("convnext_tiny", 4.456),
+                                         ("deit_tiny_patch16_224", 1.254)])
+def test_cost_is_that_of_the_merged_network(name, gmacs):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    baseline = cost(model, (3, 224, 224))
+    assert baseline["macs"] / 1e9 == pytest.approx(gmacs, abs=5e-4)
+    names = make_prunable(model)
+
+    def merged_cost(pruned):
+        set_subnet(model, pruned)
+        return cost(merge(model), (3, 224, 224))
+
+    whole, everything = merged_cost([]), merged_cost(names)
+    assert whole["macs"] == baseline["macs"] and whole["params"] <= baseline["params"]
+    for key in ("params", "macs"):  # every block pays, and savings add up: the search relies on it
+        savings = [whole[key] - merged_cost([name])[key] for name in names]
+        assert min(savings) > 0 and whole[key] - sum(savings) == everything[key]
+
+
+def test_recalibration_forgets_what_was_before():
+    model = create("test_convnext", {})
+    names = make_prunable(model)
+    set_subnet(model, names[:3])
+    batches = [images(32), images(33)]
+    recalibrate(model, batches)
+    first = model(images(40))
+    recalibrate(model, [images(47) * 3 + 1])
+    assert not torch.equal(model(images(40)), first)
+    recalibrate(model, batches)
+    assert torch.equal(model(images(40)), first) and not model.training
+
+
+def test_dropout_and_drop_path_are_off_while_recalibrating():
+    model = timm.create_model("test_vit", img_size=32, drop_path_rate=0.5, proj_drop_rate=0.5).double()
+    names = make_prunable(model)
+    set_subnet(model, names)
+    recalibrate(model, [images(32)])
+    first = model(images(32))
+    recalibrate(model, [images(32)])
+    assert torch.equal(model(images(32)), first)
+
+
+def test_a_block_in_transition_does_not_merge():
+    model = create("test_resnet", {})
+    set_subnet(model, make_prunable(model), 0.5)
+    with pytest.raises(ValueError, match="transition"):
+        merge(model)
+
+
+def test_merge_leaves_the_model_alone():
+    model = create("test_convnext", {}).float().train()
+    names = make_prunable(model)
+    set_subnet(model, names)
+    before = copy.deepcopy(model.state_dict())
+    merged = merge(model)
+    assert model.training and not merged.training and next(merged.parameters()).dtype == torch.float32
+    assert list(prunable_blocks(model)) == names
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["resnet50", "convnextv2_atto", "efficientnet_b0"])
+def test_a_model_without_prunable_block_is_refused(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    with pytest.raises(UserError, match="has no prunable block"):
+        make_prunable(model)
+
+
+def test_unknown_blocks_are_named():
+    model = create("test_resnet", {})
+    make_prunable(model)
+    with pytest.raises(UserError, match="no prunable block layer3.0; this model has layer1.0, layer2.0, layer4.0"):
+        set_subnet(model, ["layer1.0", "layer3.0"])
