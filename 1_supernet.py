@@ -25,13 +25,13 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import AverageMeter, ParseKwargs, random_seed
 from tqdm import tqdm
 
-from blocks import (UserError, cost, create_model, evaluate, make_loader, make_prunable, merge, open_dataset, pick_device,
-                    print_table, prunable_blocks, recalibrate, run, save, set_subnet)
+from blocks import (UserError, at_least, cost, create_model, create_optimizer, evaluate, fraction, make_loader,
+                    make_prunable, merge, open_dataset, pick_device, print_table, prunable_blocks, recalibrate, run,
+                    save, set_subnet)
 
 parser = argparse.ArgumentParser(
     description="Stage 1 of 4: trains a supernet of baseline and pruned blocks.",
@@ -50,21 +50,21 @@ parser.add_argument("--dataset", default="", help="a timm data set instead of a 
 parser.add_argument("--dataset-download", action="store_true", help="let the data set download itself into --data-dir")
 parser.add_argument("--train-split", default="train", help="name of the split to train on")
 parser.add_argument("--val-split", default="val", help="name of the split that top-1 is reported on, never chosen on")
-parser.add_argument("--num-classes", type=int, help="number of classes, where the data set cannot tell")
-parser.add_argument("--img-size", type=int, help="input height and width in pixels (None: the model's own; 32 for shapes)")
-parser.add_argument("--scale", type=float, nargs=2, metavar=("MIN", "MAX"),
+parser.add_argument("--num-classes", type=at_least(2), help="number of classes, where the data set cannot tell")
+parser.add_argument("--img-size", type=at_least(1), help="input height and width in pixels (None: the model's own; 32 for shapes)")
+parser.add_argument("--scale", type=fraction, nargs=2, metavar=("MIN", "MAX"),
                     help="area of a random crop as share of the image (None: 0.08 1, below 128 px 0.8 1)")
 # training
-parser.add_argument("--baseline-epochs", type=int, help="epochs for the baseline (None: 10, or 0 with weights that fit)")
-parser.add_argument("--epochs", type=int, default=4, help="epochs for the supernet, each some three times as long")
-parser.add_argument("--random-subnets", type=int, default=2, help="random subnets per step, beside largest and smallest")
-parser.add_argument("--batch-size", type=int, default=64, help="images per step")
-parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate: 10%% warm-up, then cosine to 0")
+parser.add_argument("--baseline-epochs", type=at_least(0), help="epochs for the baseline (None: 10, or 0 with weights that fit)")
+parser.add_argument("--epochs", type=at_least(0), default=4, help="epochs for the supernet, each some three times as long")
+parser.add_argument("--random-subnets", type=at_least(0), default=2, help="random subnets per step, beside largest and smallest")
+parser.add_argument("--batch-size", type=at_least(1), default=64, help="images per step")
+parser.add_argument("--lr", type=at_least(0, float), default=1e-3, help="peak learning rate: 10%% warm-up, then cosine to 0")
 parser.add_argument("--opt", default="adamw", help="a timm optimiser name")
-parser.add_argument("--weight-decay", type=float, default=0.05, help="not applied to norms and biases")
+parser.add_argument("--weight-decay", type=at_least(0, float), default=0.05, help="not applied to norms and biases")
 parser.add_argument("--seed", type=int, default=0, help="of initialisation, batches, subnets and the held-out images")
 parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
-parser.add_argument("--workers", type=int, default=2, help="processes that load images")
+parser.add_argument("--workers", type=at_least(0), default=2, help="processes that load images")
 parser.add_argument("--out", default="runs/supernet.pt", metavar="FILE", help="the supernet's checkpoint")
 
 
@@ -166,6 +166,10 @@ def build_baseline(args, num_classes):
             "std": list(native["std"]), "interpolation": native["interpolation"],
             # off its own resolution (CIFAR's 32 px, say) a model sees the whole picture
             "crop_pct": native["crop_pct"] if size == native["input_size"][-1] else 1.0}
+    try:
+        cost(model, spec["input_size"])
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"{args.model} does not take {size} px images: {str(error).splitlines()[0]}") from error
     return model, spec, bool(args.checkpoint) or args.pretrained and num_classes == model.pretrained_cfg["num_classes"]
 
 
@@ -176,8 +180,7 @@ def train(model, blocks, loader, epochs, args, report):
         return
     rng = random.Random(args.seed)
     steps = epochs * len(loader)
-    fused = {"fused": True} if args.opt in ("adam", "adamw", "sgd") else {}  # a third of the step at 32 px on a CPU
-    optimizer = create_optimizer_v2(model, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay, **fused)
+    optimizer = create_optimizer(model, args)
     scheduler = CosineLRScheduler(optimizer, steps, warmup_t=steps // 10, warmup_lr_init=args.lr / 10, t_in_epochs=False)
     for epoch in range(epochs):
         model.train()
@@ -233,7 +236,9 @@ def main():
 
     # Supernet
     blocks = make_prunable(model, args.end_act)
-    spec["end_act"] = any(block.end_act is not None for block in prunable_blocks(model).values())
+    spec["end_act"] = args.end_act
+    if args.end_act is None:
+        spec["end_act"] = all(block.end_act_default for block in prunable_blocks(model).values())
     calibration = [images for images, _ in make_loader(spec, "train", args.batch_size, device, limit=1024)]
 
     def top1(pruned):  # of a subnet with BN statistics of its own

@@ -19,8 +19,8 @@ import time
 import torch
 from tqdm import tqdm
 
-from blocks import (UserError, build, cost, evaluate, make_loader, merge, pick_device, print_table, prunable_blocks, read,
-                    recalibrate, replacing, run, set_subnet)
+from blocks import (UserError, at_least, build, cost, evaluate, fraction, make_loader, merge, pick_device,
+                    print_table, prunable_blocks, read, recalibrate, replacing, run, set_subnet)
 
 parser = argparse.ArgumentParser(
     description="Stage 2 of 4: searches for the blocks to prune.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -29,17 +29,17 @@ parser.add_argument("--data-dir", metavar="DIR", help="where the images are (Non
 # budget: at most one; the default is half of the prunable blocks
 budget = parser.add_mutually_exclusive_group()
 budget.add_argument("--prune", type=int, metavar="K", help="number of blocks to prune (None: half of them)")
-budget.add_argument("--macs", type=float, metavar="R", help="largest share, 0 to 1, of the baseline's MACs")
-budget.add_argument("--params", type=float, metavar="R", help="largest share, 0 to 1, of the baseline's parameters")
+budget.add_argument("--macs", type=fraction, metavar="R", help="largest share, 0 to 1, of the baseline's MACs")
+budget.add_argument("--params", type=fraction, metavar="R", help="largest share, 0 to 1, of the baseline's parameters")
 # search
-parser.add_argument("--population", type=int, default=16, help="candidates per generation")
-parser.add_argument("--generations", type=int, default=6, help="generations")
-parser.add_argument("--calibrate", type=int, default=512, metavar="N", help="training images for the BN statistics")
-parser.add_argument("--images", type=int, default=2000, metavar="N", help="at most this many held-out images to score on")
-parser.add_argument("--batch-size", type=int, default=128, help="images per forward pass")
+parser.add_argument("--population", type=at_least(2), default=16, help="candidates per generation")
+parser.add_argument("--generations", type=at_least(1), default=6, help="generations")
+parser.add_argument("--calibrate", type=at_least(1), default=512, metavar="N", help="training images for the BN statistics")
+parser.add_argument("--images", type=at_least(1), default=2000, metavar="N", help="at most this many held-out images to score on")
+parser.add_argument("--batch-size", type=at_least(1), default=128, help="images per forward pass")
 parser.add_argument("--seed", type=int, default=0, help="of the search")
 parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
-parser.add_argument("--workers", type=int, default=2, help="processes that load images")
+parser.add_argument("--workers", type=at_least(0), default=2, help="processes that load images")
 parser.add_argument("--out", default="runs/subnet.json", metavar="FILE", help="the subnet spec")
 
 
@@ -123,8 +123,6 @@ def search(score, repair, blocks, population, generations, seed):
 
 def main():
     args = parser.parse_args()
-    if args.population < 2 or args.generations < 1:
-        parser.error("--population must be at least 2, --generations at least 1")
     device = pick_device(args.device)
     spec = read(args.supernet, "supernet")
     spec["data_dir"] = args.data_dir or spec["data_dir"]

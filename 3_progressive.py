@@ -18,13 +18,13 @@ import time
 
 import torch
 import torch.nn.functional as F
-from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import AverageMeter, random_seed
 from tqdm import tqdm
 
-from blocks import (UserError, cost, evaluate, load_baseline, make_loader, make_prunable, merge, pick_device, print_table,
-                    read, read_json, recalibrate, run, save, set_subnet)
+from blocks import (UserError, at_least, cost, create_optimizer, evaluate, fraction, load_baseline, make_loader,
+                    make_prunable, merge, pick_device, print_table, read, read_json, recalibrate, run, save,
+                    set_subnet)
 
 parser = argparse.ArgumentParser(
     description="Stage 3 of 4: trains the subnet from λ = 0 to λ = 1.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -32,18 +32,18 @@ parser.add_argument("--supernet", default="runs/supernet.pt", metavar="FILE", he
 parser.add_argument("--subnet", default="runs/subnet.json", metavar="FILE", help="stage 2's spec, or your own")
 parser.add_argument("--data-dir", metavar="DIR", help="where the images are (None: where stage 1 found them)")
 # training
-parser.add_argument("--epochs", type=int, default=6, help="epochs; 0 prunes without training, BN recalibrated")
-parser.add_argument("--transition", type=float, default=0.5, metavar="R",
+parser.add_argument("--epochs", type=at_least(0), default=6, help="epochs; 0 prunes without training, BN recalibrated")
+parser.add_argument("--transition", type=fraction, default=0.5, metavar="R",
                     help="share of the steps while λ goes from 0 to 1; 0 prunes directly")
-parser.add_argument("--hold", type=float, default=0.5, metavar="R", help="share of the steps at the full learning rate")
-parser.add_argument("--distill", type=float, default=0.5, metavar="W", help="weight, 0 to 1, of the baseline's soft labels")
-parser.add_argument("--batch-size", type=int, default=64, help="images per step")
-parser.add_argument("--lr", type=float, default=5e-4, help="learning rate")
+parser.add_argument("--hold", type=fraction, default=0.5, metavar="R", help="share of the steps at the full learning rate")
+parser.add_argument("--distill", type=fraction, default=0.5, metavar="W", help="weight, 0 to 1, of the baseline's soft labels")
+parser.add_argument("--batch-size", type=at_least(1), default=64, help="images per step")
+parser.add_argument("--lr", type=at_least(0, float), default=5e-4, help="learning rate")
 parser.add_argument("--opt", default="adamw", help="a timm optimiser name")
-parser.add_argument("--weight-decay", type=float, default=0.05, help="not applied to norms and biases")
+parser.add_argument("--weight-decay", type=at_least(0, float), default=0.05, help="not applied to norms and biases")
 parser.add_argument("--seed", type=int, default=0, help="of the batches")
 parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
-parser.add_argument("--workers", type=int, default=2, help="processes that load images")
+parser.add_argument("--workers", type=at_least(0), default=2, help="processes that load images")
 parser.add_argument("--out", default="runs/subnet.pt", metavar="FILE", help="the trained subnet's checkpoint")
 
 
@@ -55,8 +55,6 @@ def mix_at(step, steps, transition):
 
 def main():
     args = parser.parse_args()
-    if not (0 <= args.transition <= 1 and 0 <= args.hold <= 1 and 0 <= args.distill <= 1):
-        parser.error("--transition, --hold and --distill go from 0 to 1")
     device = pick_device(args.device)
     random_seed(args.seed)
     spec, subnet = read(args.supernet, "supernet"), read_json(args.subnet)
@@ -83,8 +81,7 @@ def main():
           f" at the start (λ = {mix_at(0, steps, args.transition):.3f}) {result['top1']:.2f} %")
 
     if steps:
-        fused = {"fused": True} if args.opt in ("adam", "adamw", "sgd") else {}
-        optimizer = create_optimizer_v2(model, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay, **fused)
+        optimizer = create_optimizer(model, args)
         # timm's warm-up, from the full rate to the full rate, holds it
         scheduler = CosineLRScheduler(optimizer, max(1, steps - hold), warmup_t=hold, warmup_lr_init=args.lr,
                                       warmup_prefix=True, t_in_epochs=False)

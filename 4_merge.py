@@ -20,16 +20,16 @@ import statistics
 
 import torch
 
-from blocks import (UserError, build, cost, evaluate, load, load_baseline, make_loader, make_prunable, merge, pick_device, print_table,
-                    read, replacing, run, save)
+from blocks import (UserError, at_least, build, cost, evaluate, load, load_baseline, make_loader, make_prunable,
+                    merge, pick_device, print_table, read, replacing, run, save)
 
 parser = argparse.ArgumentParser(
     description="Stage 4 of 4: merges, checks, exports and times.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 parser.add_argument("--subnet", default="runs/subnet.pt", metavar="FILE", help="stage 3's checkpoint")
 parser.add_argument("--data-dir", metavar="DIR", help="where the images are (None: where stage 1 found them)")
-parser.add_argument("--batch-size", type=int, default=16, help="images per forward pass that is timed")
+parser.add_argument("--batch-size", type=at_least(1), default=16, help="images per forward pass that is timed")
 parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
-parser.add_argument("--workers", type=int, default=2, help="processes that load images")
+parser.add_argument("--workers", type=at_least(0), default=2, help="processes that load images")
 parser.add_argument("--out", default="runs/merged.pt", metavar="FILE", help="the merged network; its export has a 2 behind the name")
 
 

@@ -140,6 +140,22 @@ def test_merged_vit_block_is_the_trained_one(end_act, init_values):
     assert_same(model, merge(model), tokens)
 
 
+@pytest.mark.parametrize("kind", ["inverted", "convnext"])
+def test_end_activation_is_there_when_asked_for(kind):
+    batch = torch.randn(4, 8, 9, 9, dtype=torch.float64)
+    outputs = []
+    for end_act in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(BLOCKS[kind]()).double().eval()
+        make_prunable(model, end_act)
+        set_subnet(model, ["0"])
+        recalibrate(model, [batch])
+        outputs.append(model(batch))
+    expected = outputs[0].clamp(0, 6) if kind == "inverted" else nn.functional.gelu(outputs[0])
+    torch.testing.assert_close(outputs[1], expected)
+    assert not torch.equal(*outputs)
+
+
 def test_borders_need_the_cure():
     """Where BN1's shift is left in what the depthwise conv pads, the merged block is wrong at the border, and only there:
     so the test above can see that error."""

@@ -1,0 +1,315 @@
+"""The four stages, run from a shell as a person would, on small pictures and small networks of each family."""
+import importlib
+import json
+import os
+import runpy
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from conftest import ROOT, run_stage
+
+import blocks
+from blocks import UserError, cost, evaluate, load, make_loader
+
+FAMILIES = {"test_resnet": ["--prune", "2"], "mobilenetv2_035": ["--macs", "0.9"], "test_convnext": ["--params", "0.8"],
+            "test_vit": []}
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def runs(request, pictures, tmp_path_factory):
+    """A folder with what all four stages write for one network of each family."""
+    folder = tmp_path_factory.mktemp(request.param)
+    first = run_stage("1_supernet.py", "--model", request.param, "--data-dir", pictures, "--img-size", 32, "--workers", 0,
+                      "--baseline-epochs", 2, "--epochs", 1, "--random-subnets", 1, cwd=folder)
+    run_stage("2_search.py", "--population", 4, "--generations", 2, "--workers", 0, *FAMILIES[request.param], cwd=folder)
+    third = run_stage("3_progressive.py", "--epochs", 2, "--workers", 0, cwd=folder)
+    fourth = run_stage("4_merge.py", "--batch-size", 2, "--workers", 0, cwd=folder)
+    # into a file: one line per epoch, nothing drawn over
+    assert sum(line.startswith(("baseline 1/2", "baseline 2/2", "supernet 1/1")) for line in first.stdout.splitlines()) == 3
+    assert sum(line.startswith("progressive ") for line in third.stdout.splitlines()) == 2
+    assert "\r" not in first.stdout + first.stderr + third.stdout + third.stderr
+    assert [line.split("  ")[0].strip() for line in fourth.stdout.splitlines()[-5:-2]] == [
+        "baseline", "baseline, BN folded", "merged"]
+    return folder / "runs"
+
+
+def one_of(path):
+    """The test_resnet runs alone, for tests that need the files of just one network."""
+    if "test_resnet" not in str(path):
+        pytest.skip("one network is enough")
+    return path
+
+
+def validation(spec):
+    return list(make_loader(spec, "val", 16, "cpu"))
+
+
+def test_checkpoints_hold_tensors_and_plain_values(runs):
+    for name, stage in (("supernet.pt", "supernet"), ("subnet.pt", "subnet"), ("merged.pt", "merged")):
+        checkpoint = torch.load(runs / name, weights_only=True)
+        assert checkpoint["stage"] == stage and checkpoint["format"] == 1
+    assert sorted(os.listdir(runs)) == ["merged.pt", "merged.pt2", "subnet.json", "subnet.pt", "supernet.pt"]
+
+
+def test_spec_is_what_a_person_expects(runs):
+    spec, supernet = json.loads((runs / "subnet.json").read_text()), blocks.read(runs / "supernet.pt")
+    assert set(spec) == {"format", "model", "model_args", "input_size", "prune", "end_act", "baseline", "merged", "search"}
+    assert set(spec["search"]) == {"loss", "top1", "evaluated", "seed"} and spec["input_size"] == [3, 32, 32]
+    assert spec["end_act"] == (spec["model"] != "test_vit")
+    names = list(blocks.prunable_blocks(blocks.build(supernet)))
+    assert spec["prune"] == [name for name in names if name in spec["prune"]]  # in running order
+    merged, _ = load(runs / "merged.pt")
+    assert spec["merged"] == cost(merged, spec["input_size"])
+    assert spec["baseline"] == cost(blocks.load_baseline(supernet), spec["input_size"])
+    kind = spec["model"]
+    assert {"test_resnet": len(spec["prune"]) == 2, "test_vit": len(spec["prune"]) == 3,
+            "mobilenetv2_035": spec["merged"]["macs"] <= 0.9 * spec["baseline"]["macs"],
+            "test_convnext": spec["merged"]["params"] <= 0.8 * spec["baseline"]["params"]}[kind]
+
+
+def test_merged_predicts_what_the_subnet_predicts(runs):
+    (subnet, spec), (merged, merged_spec) = load(runs / "subnet.pt"), load(runs / "merged.pt")
+    assert merged_spec["prune"] == spec["prune"] == json.loads((runs / "subnet.json").read_text())["prune"]
+    assert not subnet.training and not merged.training
+    with torch.no_grad():
+        for images, _ in validation(spec):
+            a, b = subnet(images), merged(images)
+            assert torch.equal(a.argmax(1), b.argmax(1)) and (a - b).abs().max() <= 1e-4 * a.std()
+    assert evaluate(merged, validation(spec))["top1"] == spec["subnet"]["top1"]
+
+
+def test_supernet_keeps_the_baseline_as_it_was(runs):
+    checkpoint = blocks.read(runs / "supernet.pt")
+    model = timm.create_model(checkpoint["model"], **checkpoint["model_args"])
+    model.load_state_dict(checkpoint["baseline_state_dict"])  # strict: timm's own keys, no more
+    measured = evaluate(model, validation(checkpoint))
+    assert measured["top1"] == checkpoint["baseline"]["top1"]
+    assert measured["loss"] == pytest.approx(checkpoint["baseline"]["loss"], rel=1e-4)
+    assert len(checkpoint["holdout"]) == 20 and checkpoint["train_images"] == 200 and len(checkpoint["classes"]) == 10
+
+
+ALONE = """
+import json, sys, torch
+sys.modules["blocks"] = sys.modules["timm"] = None  # importing them would fail
+files = {"spec.json": ""}
+program = torch.export.load(sys.argv[1], extra_files=files).module()
+images, expected = torch.load(sys.argv[2], weights_only=True)
+for batch in (images, images[:1]):
+    torch.testing.assert_close(program(batch), expected[:len(batch)], rtol=0, atol=1e-4 * expected.std().item())
+print(json.loads(files["spec.json"])["model"])
+"""
+
+
+def test_export_runs_without_this_repository(runs, tmp_path):
+    merged, spec = load(runs / "merged.pt")
+    images = torch.cat([images for images, _ in validation(spec)])[:7]
+    with torch.no_grad():
+        torch.save((images, merged(images)), tmp_path / "io.pt")
+    done = subprocess.run([sys.executable, "-I", "-c", ALONE, str(runs / "merged.pt2"), str(tmp_path / "io.pt")],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == spec["model"]
+
+
+# ---- in this process: what needs no shell --------------------------------------------------------------------------
+
+def stage(monkeypatch, script, *args):
+    """Runs a stage in this process; returns what it exits with, None where it ends by itself."""
+    monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
+    try:
+        runpy.run_path(os.path.join(ROOT, script), run_name="__main__")
+    except SystemExit as end:
+        return end.code
+
+
+def test_a_wrong_merge_writes_nothing(runs, monkeypatch, tmp_path):
+    runs, right = one_of(runs), blocks.merge
+
+    def wrong(model):
+        merged = right(model)
+        next(merged.parameters()).data.add_(1e-6)
+        return merged
+
+    monkeypatch.setattr(blocks, "merge", wrong)
+    said = stage(monkeypatch, "4_merge.py", "--subnet", runs / "subnet.pt", "--out", tmp_path / "merged.pt", "--workers", 0)
+    assert said.startswith("error: merged against unmerged in float64") and said.endswith("nothing was written")
+    assert os.listdir(tmp_path) == []
+
+
+def test_search_is_reproducible_and_a_spec_can_be_written_by_hand(runs, monkeypatch, tmp_path):
+    runs, out = one_of(runs), []
+    for name in "ab":
+        assert stage(monkeypatch, "2_search.py", "--supernet", runs / "supernet.pt", "--population", 3, "--generations", 2,
+                     "--prune", 1, "--workers", 0, "--out", tmp_path / name) is None
+        out.append((tmp_path / name).read_text())
+    assert out[0] == out[1]
+    (tmp_path / "mine.json").write_text('{"format": 1, "model": "test_resnet", "prune": ["layer4.0"]}')
+    for flags in (["--epochs", 0], ["--epochs", 1, "--transition", 0, "--distill", 0, "--opt", "sgd"]):
+        assert stage(monkeypatch, "3_progressive.py", "--supernet", runs / "supernet.pt", "--subnet", tmp_path / "mine.json",
+                     "--out", tmp_path / "mine.pt", "--workers", 0, *flags) is None
+        assert load(tmp_path / "mine.pt")[1]["prune"] == ["layer4.0"]
+
+
+def test_weights_can_be_brought_along(pictures, monkeypatch, tmp_path):
+    torch.manual_seed(3)
+    theirs = timm.create_model("test_vit", num_classes=10, img_size=32).state_dict()
+    torch.save(theirs, tmp_path / "vit.pth")
+    assert stage(monkeypatch, "1_supernet.py", "--model", "test_vit", "--checkpoint", tmp_path / "vit.pth", "--epochs", 0,
+                 "--data-dir", pictures, "--img-size", 32, "--workers", 0, "--out", tmp_path / "supernet.pt") is None
+    ours = blocks.read(tmp_path / "supernet.pt")["baseline_state_dict"]
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_schedule_of_the_mix():
+    mix_at = importlib.import_module("3_progressive").mix_at
+    mixes = [mix_at(step, 100, 0.5) for step in range(100)]
+    assert 0 < mixes[0] < 0.1 and mixes == sorted(mixes) and mixes[48] < 1 and mixes[49:] == [1.0] * 51
+    assert mix_at(0, 100, 0) == 1.0 and mix_at(99, 100, 1) == 1.0 and mix_at(0, 0, 0.5) == 1.0
+
+
+def test_drawn_pictures_are_not_linear(supernet_script, tmp_path):
+    supernet_script.draw_shapes(str(tmp_path / "shapes"))
+    spec = {"dataset": "", "data_dir": str(tmp_path / "shapes"), "train_split": "train", "val_split": "val",
+            "train_images": 2000, "holdout": torch.arange(0), "input_size": [3, 32, 32], "scale": [1, 1], "crop_pct": 1.0,
+            "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.5] * 3}
+    (x, y), (vx, vy) = (tuple(map(torch.cat, zip(*make_loader(spec, part, 500, "cpu")))) for part in ("train", "val"))
+    x, vx = (torch.cat([t.flatten(1), torch.ones(len(t), 1)], 1).double() for t in (x, vx))
+    best = max(((vx @ torch.linalg.solve(x.T @ x + ridge * torch.eye(x.shape[1]).double(), x.T @ torch.eye(10).double()[y]))
+                .argmax(1) == vy).double().mean().item() for ridge in (10, 1000, 100000))
+    print(f"linear classifier: {best:.3f}")
+    assert best < 0.2
+
+
+def test_an_unfinished_file_does_not_replace_a_finished_one(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), blocks.replacing(path) as temporary:
+        open(temporary, "w").write("new, half")
+        raise RuntimeError
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+
+
+# ---- bad input -----------------------------------------------------------------------------------------------------
+
+def write_images(root, classes, corrupt=False):
+    from PIL import Image
+    for split in ("train", "val"):
+        for name in classes:
+            os.makedirs(root / split / name)
+            for i in range(12):
+                Image.effect_noise((32, 32), 50).convert("RGB").save(root / split / name / f"{i}.png")
+    if corrupt:
+        path = root / "train" / classes[0] / "3.png"
+        path.write_bytes(path.read_bytes()[:200])
+    return root
+
+
+BAD_FIRST = {  # flags of stage 1, and what the error has to say
+    "no data": (["--data-dir", "nowhere"], "nowhere/train"),
+    "no images": (["--data-dir", "empty"], "images"),
+    "one class": (["--data-dir", "single"], "one class only (a)"),
+    "corrupt image": (["--data-dir", "corrupt"], "3.png"),
+    "class only in val": (["--data-dir", "odd"], "val has classes that train lacks: c"),
+    "unknown model": (["--model", "resnet43"], "timm has no model resnet43"),
+    "no prunable block": (["--model", "resnet50"], "has no prunable block"),
+    "unknown model argument": (["--model-kwargs", "depht=3"], "depht"),
+    "size that does not fit": (["--model", "test_vit", "--img-size", "33"], "33"),
+    "no weights file": (["--checkpoint", "none.pth"], "none.pth does not exist"),
+    "weights of another model": (["--checkpoint", "other.pth"], "does not fit test_resnet"),
+    "not a checkpoint": (["--checkpoint", "text.txt"], "does not fit"),
+    "unknown optimiser": (["--opt", "adamz"], "adamz"),
+    "unknown device": (["--device", "gpu"], "--device gpu"),
+    "unknown data set": (["--dataset", "torch/nothing"], "nothing"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FIRST)
+def test_bad_input_to_the_first_stage(kind, pictures, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "single", ["a"])
+    write_images(tmp_path / "corrupt", ["a", "b"], corrupt=True)
+    write_images(tmp_path / "odd", ["a", "b"])
+    (tmp_path / "odd/val/b").rename(tmp_path / "odd/val/c")
+    for folder in ("train/a", "train/b", "val/a", "val/b"):
+        os.makedirs(tmp_path / "empty" / folder)
+    torch.save({"weight": torch.zeros(3)}, "other.pth")
+    (tmp_path / "text.txt").write_text("no weights")
+    (tmp_path / "out.pt").write_text("old")
+    flags, text = BAD_FIRST[kind]
+    defaults = ["--model", "test_resnet", "--data-dir", pictures, "--img-size", 32, "--workers", 0, "--baseline-epochs", 1]
+    said = stage(monkeypatch, "1_supernet.py", *defaults, *flags, "--out", "out.pt")
+    assert isinstance(said, str) and said.startswith("error: ") and text in said and "\n" not in said
+    assert (tmp_path / "out.pt").read_text() == "old"
+
+
+SPEC = {"format": 1, "model": "test_resnet", "prune": ["layer1.0"]}
+BAD_LATER = {
+    "no supernet": ("2_search.py", ["--supernet", "none.pt"], "none.pt does not exist"),
+    "truncated supernet": ("2_search.py", ["--supernet", "half.pt"], "half.pt is damaged"),
+    "other stage's file": ("2_search.py", ["--supernet", "RUNS/subnet.pt"], "holds a subnet, this needs a supernet"),
+    "too many blocks": ("2_search.py", ["--prune", "4"], "1 to 3 blocks"),
+    "no block": ("2_search.py", ["--prune", "0"], "1 to 3 blocks"),
+    "budget too small": ("2_search.py", ["--macs", "0.1"], "the cheapest subnet has 0."),
+    "parameters too few": ("2_search.py", ["--params", "0.1"], "the cheapest subnet has 0."),
+    "data gone": ("2_search.py", ["--data-dir", "nowhere"], "nowhere/train"),
+    "other data": ("2_search.py", ["--data-dir", "few"], "24 training images"),
+    "other classes": ("2_search.py", ["--data-dir", "other"], "looking for the classes plain cross"),
+    "no spec": ("3_progressive.py", ["--subnet", "none.json"], "none.json does not exist"),
+    "not JSON": ("3_progressive.py", ["--subnet", "text.txt"], "not valid JSON"),
+    "JSON of something else": ("3_progressive.py", ["--subnet", "list.json"], "needs at least"),
+    "unknown block": ("3_progressive.py", ["--subnet", "block.json"], "no prunable block layer9.0; this model has layer1.0"),
+    "other model": ("3_progressive.py", ["--subnet", "model.json"], "is for resnet18"),
+    "no subnet": ("4_merge.py", ["--subnet", "none.pt"], "none.pt does not exist"),
+    "supernet instead": ("4_merge.py", ["--subnet", "RUNS/supernet.pt"], "holds a supernet, this needs a subnet"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_LATER)
+def test_bad_input_to_later_stages(kind, runs, monkeypatch, tmp_path):
+    runs, (script, flags, text) = one_of(runs), BAD_LATER[kind]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "half.pt").write_bytes((runs / "supernet.pt").read_bytes()[:100000])
+    (tmp_path / "text.txt").write_text("{no JSON")
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "block.json").write_text(json.dumps({**SPEC, "prune": ["layer9.0"]}))
+    (tmp_path / "model.json").write_text(json.dumps({**SPEC, "model": "resnet18"}))
+    write_images(tmp_path / "few", ["plain cross", "plain disc"])
+    write_images(tmp_path / "other", ["a", "b"])
+    (tmp_path / "out").write_text("old")
+    defaults = {"2_search.py": ["--supernet", runs / "supernet.pt"], "4_merge.py": [],
+                "3_progressive.py": ["--supernet", runs / "supernet.pt", "--subnet", runs / "subnet.json"]}[script]
+    flags = [flag.replace("RUNS", str(runs)) for flag in flags]
+    said = stage(monkeypatch, script, *defaults, *flags, "--workers", 0, "--out", "out")
+    assert isinstance(said, str) and said.startswith("error: ") and text in said and "\n" not in said
+    assert (tmp_path / "out").read_text() == "old"
+
+
+def test_from_a_shell_an_error_is_one_line(tmp_path):
+    write_images(tmp_path / "corrupt", ["a", "b"], corrupt=True)
+    done = run_stage("1_supernet.py", "--model", "test_resnet", "--data-dir", "corrupt", "--img-size", 32, "--workers", 2,
+                     cwd=tmp_path, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("error: cannot read image ") and done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stdout and os.listdir(tmp_path) == ["corrupt"]
+
+
+def test_weights_that_cannot_be_downloaded(pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    done = run_stage("1_supernet.py", "--model", "test_resnet", "--pretrained", "--data-dir", pictures, cwd=tmp_path, check=False)
+    assert done.returncode == 1 and "--checkpoint FILE" in done.stderr.splitlines()[-1]
+    assert done.stderr.startswith("error: cannot get timm's weights") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("script, flags", [
+    ("2_search.py", ["--prune", "2", "--macs", "0.5"]), ("2_search.py", ["--macs", "1.5"]),
+    ("3_progressive.py", ["--transition", "2"]), ("3_progressive.py", ["--batch-size", "0"]), ("4_merge.py", ["--nonsense"])])
+def test_bad_flags(script, flags, monkeypatch):
+    assert stage(monkeypatch, script, *flags) == 2
+
+
+def test_a_user_error_can_be_caught_in_a_notebook(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        load(tmp_path / "none.pt")
