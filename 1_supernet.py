@@ -45,7 +45,7 @@ parser.add_argument("--checkpoint", metavar="FILE", help="start from weights in 
 parser.add_argument("--end-act", action=argparse.BooleanOptionalAction, default=None,
                     help="insert an activation at the end of pruned blocks that have none (None: yes for CNNs, no for ViTs)")
 # images
-parser.add_argument("--data-dir", metavar="DIR", help="folder with train/CLASS/* and val/CLASS/* (None: draw data/shapes)")
+parser.add_argument("--data-dir", metavar="DIR", help="folder with train/CLASS/* and val/CLASS/* (None: data/shapes, drawn if absent)")
 parser.add_argument("--dataset", default="", help="a timm data set instead of a folder: torch/cifar10, hfds/…")
 parser.add_argument("--dataset-download", action="store_true", help="let the data set download itself into --data-dir")
 parser.add_argument("--train-split", default="train", help="name of the split to train on")
@@ -119,7 +119,7 @@ def draw_shapes(root, train=2000, val=500, size=32):
 
 def describe_data(args):
     """The part of the checkpoint that later stages find the images by; the held-out tenth is drawn here, once."""
-    spec = {"dataset": args.dataset, "data_dir": args.data_dir and os.path.abspath(args.data_dir),
+    spec = {"dataset": args.dataset, "data_dir": os.path.abspath(args.data_dir),
             "train_split": args.train_split, "val_split": args.val_split, "download": args.dataset_download,
             "seed": args.seed}
     train, val = open_dataset(spec, "train"), open_dataset(spec, "val")
@@ -214,7 +214,9 @@ def main():
     args = parser.parse_args()
     device = pick_device(args.device)
     random_seed(args.seed)
-    if args.data_dir is None and not args.dataset:
+    if args.data_dir is None and args.dataset:
+        args.data_dir = "data"
+    elif args.data_dir is None:
         args.data_dir = "data/shapes"
         args.img_size = args.img_size or (None if "img_size" in args.model_kwargs else 32)
         draw_shapes(args.data_dir)

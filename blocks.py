@@ -553,7 +553,7 @@ class Images(torch.utils.data.Dataset):
                 image = Image.open(file).convert("RGB")
             else:  # a torchvision data set
                 image, label = self.dataset[index]
-        except OSError as error:
+        except Exception as error:  # Pillow raises many kinds
             name = reader.filename(index, absolute=True) if reader else f"number {index}"
             raise UserError(f"cannot read image {name} ({type(error).__name__}): mend or remove it") from error
         return self.transform(image.convert("RGB")), label
@@ -569,7 +569,7 @@ def open_dataset(spec, split):
             raise UserError(f"no folder {root}: --data-dir needs the folders {spec['train_split']} and {spec['val_split']},"
                             " each with one folder of images per class")
         if spec.get("classes"):  # the folders of both splits, numbered alike
-            options["class_map"] = {name: i for i, name in enumerate(spec["classes"])}
+            options["class_map"] = {label: i for i, label in enumerate(spec["classes"])}
     try:
         dataset = timm.data.create_dataset(
             name, root=root, split=split, search_split=bool(name), download=spec.get("download", False), **options)
@@ -602,7 +602,8 @@ def make_loader(spec, part, batch_size, device, workers=0, train=False, limit=No
     return timm.data.create_loader(
         Images(dataset, indices), tuple(spec["input_size"]), min(batch_size, len(indices)), is_training=train,
         scale=spec["scale"], color_jitter=0, interpolation=spec["interpolation"], crop_pct=spec["crop_pct"],
-        mean=spec["mean"], std=spec["std"], device=torch.device(device), num_workers=workers)
+        mean=spec["mean"], std=spec["std"], device=torch.device(device), num_workers=workers,
+        persistent_workers=workers > 0)
 
 
 @torch.no_grad()

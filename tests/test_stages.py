@@ -36,11 +36,7 @@ def runs(request, pictures, tmp_path_factory):
     return folder / "runs"
 
 
-def one_of(path):
-    """The test_resnet runs alone, for tests that need the files of just one network."""
-    if "test_resnet" not in str(path):
-        pytest.skip("one network is enough")
-    return path
+one_network = pytest.mark.parametrize("runs", ["test_resnet"], indirect=True)  # where one network is enough
 
 
 def validation(spec):
@@ -125,8 +121,9 @@ def stage(monkeypatch, script, *args):
         return end.code
 
 
+@one_network
 def test_a_wrong_merge_writes_nothing(runs, monkeypatch, tmp_path):
-    runs, right = one_of(runs), blocks.merge
+    right = blocks.merge
 
     def wrong(model):
         merged = right(model)
@@ -139,8 +136,9 @@ def test_a_wrong_merge_writes_nothing(runs, monkeypatch, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@one_network
 def test_search_is_reproducible_and_a_spec_can_be_written_by_hand(runs, monkeypatch, tmp_path):
-    runs, out = one_of(runs), []
+    out = []
     for name in "ab":
         assert stage(monkeypatch, "2_search.py", "--supernet", runs / "supernet.pt", "--population", 3, "--generations", 2,
                      "--prune", 1, "--workers", 0, "--out", tmp_path / name) is None
@@ -161,6 +159,16 @@ def test_weights_can_be_brought_along(pictures, monkeypatch, tmp_path):
                  "--data-dir", pictures, "--img-size", 32, "--workers", 0, "--out", tmp_path / "supernet.pt") is None
     ours = blocks.read(tmp_path / "supernet.pt")["baseline_state_dict"]
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_data_set_of_another_kind(pictures, monkeypatch, tmp_path):
+    for script, flags in (
+            ("1_supernet.py", ["--model", "test_resnet", "--dataset", "torch/image_folder", "--data-dir", pictures, "--img-size",
+                               32, "--baseline-epochs", 0, "--epochs", 0, "--out", tmp_path / "supernet.pt"]),
+            ("2_search.py", ["--supernet", tmp_path / "supernet.pt", "--population", 2, "--generations", 1, "--out",
+                             tmp_path / "subnet.json"])):
+        assert stage(monkeypatch, script, *flags, "--workers", 0) is None
+    assert blocks.read(tmp_path / "supernet.pt")["classes"][0] == "plain cross"
 
 
 def test_schedule_of_the_mix():
@@ -267,9 +275,10 @@ BAD_LATER = {
 }
 
 
+@one_network
 @pytest.mark.parametrize("kind", BAD_LATER)
 def test_bad_input_to_later_stages(kind, runs, monkeypatch, tmp_path):
-    runs, (script, flags, text) = one_of(runs), BAD_LATER[kind]
+    script, flags, text = BAD_LATER[kind]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "half.pt").write_bytes((runs / "supernet.pt").read_bytes()[:100000])
     (tmp_path / "text.txt").write_text("{no JSON")
