@@ -74,16 +74,16 @@ def make_repair(args, blocks, baseline, whole, savings):
         return repair
 
     key, share = ("macs", args.macs) if args.macs is not None else ("params", args.params)
-    saving = {name: savings[name][key] for name in blocks if savings[name][key] > 0}
-    cheapest, dearest = whole[key] - sum(saving.values()), whole[key]
-    if not cheapest <= share * baseline[key]:
+    saving = {name: savings[name][key] for name in blocks}  # below 0 for some: a dense 5x5 has few MACs at stride 2
+    cheapest, dearest = (whole[key] - sum(f(0, value) for value in saving.values()) for f in (max, min))
+    if cheapest > share * baseline[key]:
         raise UserError(f"--{key} {share:g}: the cheapest subnet has {cheapest / baseline[key]:.4f} of the baseline's"
                         f" {key}, the dearest {dearest / baseline[key]:.4f}")
 
     def repair(candidate, rng):
         candidate = set(candidate)
-        while whole[key] - sum(savings[name][key] for name in candidate) > share * baseline[key]:
-            candidate.add(rng.choice([name for name in saving if name not in candidate]))
+        while whole[key] - sum(saving[name] for name in candidate) > share * baseline[key]:
+            candidate ^= {rng.choice([name for name in blocks if (saving[name] > 0) != (name in candidate)])}
         return frozenset(candidate)
     return repair
 
