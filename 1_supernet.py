@@ -15,6 +15,7 @@ some random ones on the largest's output as soft labels; their gradients add up 
 """
 import argparse
 import copy
+import logging
 import os
 import random
 import shutil
@@ -29,9 +30,9 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import AverageMeter, ParseKwargs, random_seed
 from tqdm import tqdm
 
-from blocks import (UserError, at_least, cost, create_model, create_optimizer, evaluate, fraction, make_loader,
-                    make_prunable, merge, open_dataset, pick_device, print_table, prunable_blocks, recalibrate, run,
-                    save, set_subnet)
+from blocks import (UserError, at_least, check_writable, cost, create_model, create_optimizer, evaluate, fraction,
+                    make_loader, make_prunable, merge, open_dataset, pick_device, print_table, prunable_blocks,
+                    recalibrate, run, save, set_subnet)
 
 parser = argparse.ArgumentParser(
     description="Stage 1 of 4: trains a supernet of baseline and pruned blocks.",
@@ -144,6 +145,7 @@ def build_baseline(args, num_classes):
     model_args = {"num_classes": num_classes, **args.model_kwargs}
     if args.img_size and hasattr(create_model(args.model, **model_args), "set_input_size"):
         model_args["img_size"] = args.img_size  # a ViT's size is fixed when it is built
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every try to connect; one error is enough
     try:
         model = create_model(args.model, pretrained=args.pretrained, **model_args)
     except Exception as error:
@@ -213,6 +215,7 @@ def train(model, blocks, loader, epochs, args, report):
 def main():
     args = parser.parse_args()
     device = pick_device(args.device)
+    check_writable(args.out)
     random_seed(args.seed)
     if args.data_dir is None and args.dataset:
         args.data_dir = "data"

@@ -19,8 +19,8 @@ import time
 import torch
 from tqdm import tqdm
 
-from blocks import (UserError, at_least, build, cost, evaluate, fraction, make_loader, merge, pick_device,
-                    print_table, prunable_blocks, read, recalibrate, replacing, run, set_subnet)
+from blocks import (UserError, at_least, build, check_writable, cost, evaluate, fraction, make_loader, merge,
+                    pick_device, print_table, prunable_blocks, read, recalibrate, replacing, run, set_subnet)
 
 parser = argparse.ArgumentParser(
     description="Stage 2 of 4: searches for the blocks to prune.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -124,6 +124,7 @@ def search(score, repair, blocks, population, generations, seed):
 def main():
     args = parser.parse_args()
     device = pick_device(args.device)
+    check_writable(args.out)
     spec = read(args.supernet, "supernet")
     spec["data_dir"] = args.data_dir or spec["data_dir"]
     model = build(spec)

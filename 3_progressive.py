@@ -22,9 +22,9 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import AverageMeter, random_seed
 from tqdm import tqdm
 
-from blocks import (UserError, at_least, cost, create_optimizer, evaluate, fraction, load_baseline, make_loader,
-                    make_prunable, merge, pick_device, print_table, read, read_json, recalibrate, run, save,
-                    set_subnet)
+from blocks import (UserError, at_least, check_writable, cost, create_optimizer, evaluate, fraction, load_baseline,
+                    make_loader, make_prunable, merge, pick_device, print_table, read, read_json, recalibrate, run,
+                    save, set_subnet)
 
 parser = argparse.ArgumentParser(
     description="Stage 3 of 4: trains the subnet from λ = 0 to λ = 1.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -56,6 +56,7 @@ def mix_at(step, steps, transition):
 def main():
     args = parser.parse_args()
     device = pick_device(args.device)
+    check_writable(args.out)
     random_seed(args.seed)
     spec, subnet = read(args.supernet, "supernet"), read_json(args.subnet)
     if subnet["model"] != spec["model"]:

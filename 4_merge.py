@@ -20,8 +20,8 @@ import statistics
 
 import torch
 
-from blocks import (UserError, at_least, build, cost, evaluate, load, load_baseline, make_loader, make_prunable,
-                    merge, pick_device, print_table, read, replacing, run, save)
+from blocks import (UserError, at_least, build, check_writable, cost, evaluate, load, load_baseline, make_loader,
+                    make_prunable, merge, pick_device, print_table, read, replacing, run, save)
 
 parser = argparse.ArgumentParser(
     description="Stage 4 of 4: merges, checks, exports and times.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -79,6 +79,7 @@ def latencies(models, images, rounds=5):
 def main():
     args = parser.parse_args()
     device = pick_device(args.device)
+    check_writable(args.out)
     checkpoint = read(args.subnet, "subnet")
     checkpoint["data_dir"] = args.data_dir or checkpoint["data_dir"]
     model = build(checkpoint)

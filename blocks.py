@@ -446,11 +446,18 @@ def pick_device(name):
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 
+def check_writable(path):
+    """Makes the folder of an output file; UserError where it cannot be written, before hours of work go into it."""
+    folder = os.path.dirname(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    if os.path.isdir(path) or not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write {path}: give another --out")
+
+
 @contextlib.contextmanager
 def replacing(path):
     """Yields a temporary path beside `path`, which takes its place at the end: a reader never sees half a file."""
     folder, name = os.path.split(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, f"tmp.{name}")  # torch.export wants the right ending
     try:
         yield temporary

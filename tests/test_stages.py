@@ -251,6 +251,7 @@ BAD_FIRST = {  # flags of stage 1, and what the error has to say
     "not a checkpoint": (["--checkpoint", "text.txt"], "does not fit"),
     "unknown optimiser": (["--opt", "adamz"], "adamz"),
     "unknown device": (["--device", "gpu"], "--device gpu"),
+    "folder as output": (["--out", "single"], "cannot write single"),
     "unknown data set": (["--dataset", "torch/nothing"], "nothing"),
 }
 
@@ -269,7 +270,7 @@ def test_bad_input_to_the_first_stage(kind, pictures, monkeypatch, tmp_path):
     (tmp_path / "out.pt").write_text("old")
     flags, text = BAD_FIRST[kind]
     defaults = ["--model", "test_resnet", "--data-dir", pictures, "--img-size", 32, "--workers", 0, "--baseline-epochs", 1]
-    said = stage(monkeypatch, "1_supernet.py", *defaults, *flags, "--out", "out.pt")
+    said = stage(monkeypatch, "1_supernet.py", "--out", "out.pt", *defaults, *flags)
     assert isinstance(said, str) and said.startswith("error: ") and text in said and "\n" not in said
     assert (tmp_path / "out.pt").read_text() == "old"
 
