@@ -447,10 +447,11 @@ def pick_device(name):
 
 
 def check_writable(path):
-    """Makes the folder of an output file; UserError where it cannot be written, before hours of work go into it."""
+    """UserError where an output file cannot be written, before hours of work go into it."""
     folder = os.path.dirname(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    if os.path.isdir(path) or not os.access(folder, os.W_OK):
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise UserError(f"cannot write {path}: give another --out")
 
 
@@ -458,6 +459,7 @@ def check_writable(path):
 def replacing(path):
     """Yields a temporary path beside `path`, which takes its place at the end: a reader never sees half a file."""
     folder, name = os.path.split(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, f"tmp.{name}")  # torch.export wants the right ending
     try:
         yield temporary
