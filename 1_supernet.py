@@ -142,7 +142,7 @@ def describe_data(args):
 
 def build_baseline(args, num_classes):
     """The timm model with its first weights, the checkpoint's part that describes it, and whether the weights fit."""
-    model_args = {"num_classes": num_classes, **args.model_kwargs}
+    model_args = {**args.model_kwargs, "num_classes": num_classes}
     if args.img_size and hasattr(create_model(args.model, **model_args), "set_input_size"):
         model_args["img_size"] = args.img_size  # a ViT's size is fixed when it is built
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every try to connect; one error is enough

@@ -21,7 +21,7 @@ In a notebook:
     smaller = merge(model)                      # plain layers, same outputs
     model, spec = load("runs/merged.pt")        # or any other stage's file
 
-First half: the blocks and the merge. Second half: files, images, evaluation, cost.
+First half: the blocks, their merge and what it costs. Second half: files, images, evaluation.
 """
 import argparse
 import contextlib
@@ -193,7 +193,7 @@ class PrunableBasicBlock(Prunable, resnet.BasicBlock):
         skip = None
         if self.downsample is None:
             add_identity(weight)
-        elif (conv := self.downsample[0]) and isinstance(conv, nn.Conv2d) and conv.kernel_size == (1, 1):
+        elif isinstance(conv := self.downsample[0], nn.Conv2d) and conv.kernel_size == (1, 1):
             w, b = fold(conv, self.downsample[1])  # same stride as conv1, and hits the same pixels as its centre tap
             weight[:, :, 1:2, 1:2] += w
             bias = bias + b
