@@ -2,12 +2,14 @@
 
 Reads a folder of images (or any map-style data set timm knows) and, if given, weights for the baseline.
 Writes runs/supernet.pt: the supernet's weights, the baseline's own weights and top-1, and all that later stages need
-to know: model, classes, image size, normalisation, where the images are, which of them are held back.
+to know: model, classes, image size, normalisation, where the images are, which of them are held back. Beside it,
+runs/supernet.csv has a row per epoch, and while the stage runs, runs/supernet.pt.last is what --resume goes on from.
 
     python 1_supernet.py                                        # small drawn pictures, no download, about a minute
     python 1_supernet.py --data-dir cifar10 --img-size 32 --model mobilenetv2_100 --baseline-epochs 30 --epochs 10
     python 1_supernet.py --data-dir imagenet --model convnext_tiny.fb_in1k --pretrained --epochs 20 --lr 1e-4
     python 1_supernet.py --data-dir cifar10 --model deit_tiny_patch16_224 --model-kwargs patch_size=4 img_size=32
+    torchrun --nproc-per-node 8 1_supernet.py --data-dir imagenet --model resnet34.tv_in1k --pretrained --amp --workers 8
 
 The baseline is trained first (--baseline-epochs) unless its weights are given. Then come the supernet's epochs, by the
 sandwich rule: each step runs the largest subnet (nothing pruned) on the labels, and the smallest (everything pruned) and
@@ -19,20 +21,18 @@ import logging
 import os
 import random
 import shutil
-import time
 
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from timm.scheduler import CosineLRScheduler
-from timm.utils import AverageMeter, ParseKwargs, random_seed
-from tqdm import tqdm
+from timm.utils import ParseKwargs, random_seed
 
-from blocks import (UserError, at_least, check_writable, cost, create_model, create_optimizer, evaluate, fraction,
-                    make_loader, make_prunable, merge, open_dataset, pick_device, print_table, prunable_blocks,
-                    recalibrate, run, save, set_subnet)
+from blocks import (Epoch, Training, UserError, add_training_flags, at_least, check_writable, cost, create_model,
+                    describe_run, evaluate, first_process_first, fraction, make_loader, make_mixup, make_prunable, merge,
+                    open_dataset, pick_device, print_table, print_best, processes, prunable_blocks, read_state, recalibrate,
+                    remove_state, run, save, save_csv, set_subnet)
 
 parser = argparse.ArgumentParser(
     description="Stage 1 of 4: trains a supernet of baseline and pruned blocks.",
@@ -59,13 +59,7 @@ parser.add_argument("--scale", type=fraction, nargs=2, metavar=("MIN", "MAX"),
 parser.add_argument("--baseline-epochs", type=at_least(0), help="epochs for the baseline (None: 10, or 0 with weights that fit)")
 parser.add_argument("--epochs", type=at_least(0), default=4, help="epochs for the supernet, each some three times as long")
 parser.add_argument("--random-subnets", type=at_least(0), default=2, help="random subnets per step, beside largest and smallest")
-parser.add_argument("--batch-size", type=at_least(1), default=64, help="images per step")
-parser.add_argument("--lr", type=at_least(0, float), default=1e-3, help="peak learning rate: 10%% warm-up, then cosine to 0")
-parser.add_argument("--opt", default="adamw", help="a timm optimiser name")
-parser.add_argument("--weight-decay", type=at_least(0, float), default=0.05, help="not applied to norms and biases")
-parser.add_argument("--seed", type=int, default=0, help="of initialisation, batches, subnets and the held-out images")
-parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
-parser.add_argument("--workers", type=at_least(0), default=2, help="processes that load images")
+add_training_flags(parser, lr=1e-3, warmup=0.1)
 parser.add_argument("--out", default="runs/supernet.pt", metavar="FILE", help="the supernet's checkpoint")
 
 
@@ -175,41 +169,57 @@ def build_baseline(args, num_classes):
     return model, spec, bool(args.checkpoint) or args.pretrained and num_classes == model.pretrained_cfg["num_classes"]
 
 
-def train(model, blocks, loader, epochs, args, report):
-    """Trains `model`: the baseline alone if `blocks` is empty, else all subnets by the sandwich rule.
-    After every epoch it prints report(model), top-1 on the val split."""
-    if epochs == 0:
-        return
-    rng = random.Random(args.seed)
-    steps = epochs * len(loader)
-    optimizer = create_optimizer(model, args)
-    scheduler = CosineLRScheduler(optimizer, steps, warmup_t=steps // 10, warmup_lr_init=args.lr / 10, t_in_epochs=False)
-    for epoch in range(epochs):
+def train(model, blocks, loader, epochs, args, report, log, keep=None, state=None):
+    """Trains `model`: the baseline alone if `blocks` is empty, else all subnets by the sandwich rule. After every epoch
+    there is a row for `log`, with what report(model) measures. Returns the trained model and its last report.
+
+    epochs: a range, counted through the stage. keep(epoch, training, report) saves the state that `state` goes on from."""
+    if not epochs:
+        return model, report(model)
+    training = Training(model, args, len(epochs) * len(loader))
+    mixup = make_mixup(args, loader, model.num_classes)
+    first, result = epochs.start, None
+    if state:
+        training.load_state_dict(state["training"])
+        first, result = state["epoch"], state["result"]
+    for epoch in range(first, epochs.stop):
+        random_seed(1000 * args.seed + epoch, processes()[0])  # nothing depends on what was drawn in earlier epochs
+        loader.sampler.set_epoch(epoch)
+        rng = random.Random(f"{args.seed}/{epoch}")
+        phase, number = "supernet" if blocks else "baseline", epoch - epochs.start + 1
+        progress = Epoch(f"{phase} {number}/{len(epochs)}", loader)
         model.train()
-        losses, started = AverageMeter(), time.time()
-        name = f"{'supernet' if blocks else 'baseline'} {epoch + 1}/{epochs}"
-        bar = tqdm(desc=name, total=len(loader) * loader.loader.batch_size, unit="img", leave=False, disable=None)
-        for step, (images, labels) in enumerate(loader, epoch * len(loader)):
-            optimizer.zero_grad()
+        for step, (images, labels) in enumerate(loader, (number - 1) * len(loader)):
+            lr = training.start(step)
+            images, labels = mixup(images, labels)
             set_subnet(model, [])
-            logits = model(images)
-            loss = F.cross_entropy(logits, labels)
-            loss.backward()
+            with training.autocast():
+                logits = model(images)
+                # mixed labels are smoothed already
+                loss = F.cross_entropy(logits, labels, label_smoothing=args.smoothing if labels.ndim == 1 else 0.0)
+            training.backward(loss)
             if blocks:
-                soft, subnets = logits.detach().softmax(-1), [blocks]
+                soft, subnets = logits.detach().float().softmax(-1), [blocks]
                 for _ in range(args.random_subnets if len(blocks) > 1 else 0):
                     subnets.append(rng.sample(blocks, rng.randint(1, len(blocks) - 1)))
                 for pruned in subnets:
                     set_subnet(model, pruned)
-                    F.cross_entropy(model(images), soft).backward()
-            optimizer.step()
-            scheduler.step_update(step + 1)
-            losses.update(loss.item(), len(images))
-            bar.update(len(images))
-            bar.set_postfix(loss=f"{losses.avg:.3f}", refresh=False)
-        bar.close()
-        speed = losses.count / (time.time() - started)
-        print(f"{name}  loss {losses.avg:.3f}  {report(model)}  {speed:.0f} img/s", flush=True)
+                    with training.autocast():
+                        distance = F.cross_entropy(model(images), soft)
+                    training.backward(distance)
+            training.update(step)
+            progress.update(loss, step=step + 1, lr=lr)
+        speed = progress.finish()
+        training.end_epoch()
+        result = report(training.result)
+        log.append({"phase": phase, "epoch": number, "lr": lr, "train_loss": speed["loss"], "val_top1": result["top1"],
+                    "val_top1_smallest": result.get("top1_smallest", ""), "images_per_s": speed["images_per_s"]})
+        if keep:
+            keep(epoch + 1, training, result)
+        print(f"{phase} {number}/{len(epochs)}  lr {lr:.2e}  loss {speed['loss']:.3f}  top-1 {result['top1']:.2f} %"
+              + (f", smallest {result['top1_smallest']:.2f} %" if blocks else "")
+              + f"  {speed['images_per_s']:.0f} img/s", flush=True)
+    return training.result, result
 
 
 def main():
@@ -217,27 +227,43 @@ def main():
     device = pick_device(args.device)
     check_writable(args.out)
     random_seed(args.seed)
-    if args.data_dir is None and args.dataset:
-        args.data_dir = "data"
-    elif args.data_dir is None:
-        args.data_dir = "data/shapes"
-        args.img_size = args.img_size or (None if "img_size" in args.model_kwargs else 32)
-        draw_shapes(args.data_dir)
-    spec = describe_data(args)
-    model, model_spec, trained = build_baseline(args, len(spec["classes"]))
+    shapes = args.data_dir is None and not args.dataset
+    args.data_dir = args.data_dir or ("data/shapes" if shapes else "data")
+    if shapes and "img_size" not in args.model_kwargs:
+        args.img_size = args.img_size or 32
+    with first_process_first():
+        if shapes:
+            draw_shapes(args.data_dir)
+        spec = describe_data(args)
+        model, model_spec, trained = build_baseline(args, len(spec["classes"]))
     spec.update(model_spec)
     make_prunable(copy.deepcopy(model), args.end_act)  # a model that cannot be pruned is told now, not after the training
     model.to(device, memory_format=torch.channels_last)  # depthwise convs train more than twice as fast
-    loader = make_loader(spec, "train", args.batch_size, device, args.workers, train=True)
-    val = make_loader(spec, "val", args.batch_size, device, args.workers)
+    flags = describe_run(args, "checkpoint", train_images=spec["train_images"])
+    state = read_state(args, flags)
+    loader = make_loader(spec, "train", args.batch_size, device, args.workers, augment=args)
+    val = make_loader(spec, "val", args.batch_size, device, args.workers, share=True)
+    log = state["log"] if state else []
+    baseline = baseline_state = None
+
+    def keep(epoch, training, result):
+        save_csv(log, os.path.splitext(args.out)[0] + ".csv")
+        save({"stage": "unfinished run", "flags": flags, "epoch": epoch, "log": log, "result": result, "baseline": baseline,
+              "baseline_state_dict": baseline_state, "training": training.state_dict()}, args.out + ".last")
 
     # Baseline
     epochs = args.baseline_epochs if args.baseline_epochs is not None else 0 if trained else 10
-    print(f"{args.model}, {len(spec['classes'])} classes, {len(loader.dataset)} images to train on,"
-          f" {len(spec['holdout'])} held back, {len(val.dataset)} to report on")
-    train(model, [], loader, epochs, args, lambda model: f"top-1 {evaluate(model, val)['top1']:.2f} %")
-    baseline = {**cost(model, spec["input_size"]), **evaluate(model, val)}
-    baseline_state = {key: value.cpu().clone() for key, value in model.state_dict().items()}
+    print(f"{args.model}, {len(spec['classes'])} classes, {spec['train_images'] - len(spec['holdout'])} images to train on,"
+          f" {len(spec['holdout'])} held back" + (f", going on after epoch {state['epoch']}" if state else ""))
+    if state and state["baseline"]:
+        baseline, baseline_state = state["baseline"], state["baseline_state_dict"]
+        model.load_state_dict(baseline_state)
+    else:
+        model, result = train(
+            model, [], loader, range(epochs), args, lambda model: evaluate(model, val, shared=True), log, keep, state)
+        baseline = {**cost(model, spec["input_size"]), **result}
+        baseline_state = {key: value.cpu().clone() for key, value in model.state_dict().items()}
+        state = None
 
     # Supernet
     blocks = make_prunable(model, args.end_act)
@@ -246,23 +272,28 @@ def main():
         spec["end_act"] = all(block.end_act_default for block in prunable_blocks(model).values())
     calibration = [images for images, _ in make_loader(spec, "train", args.batch_size, device, limit=1024)]
 
-    def top1(pruned):  # of a subnet with BN statistics of its own
-        set_subnet(model, pruned)
-        recalibrate(model, calibration)
-        return evaluate(model, val)["top1"]
+    def report(model):  # each subnet with BN statistics of its own; the largest's stay
+        top1 = []
+        for pruned in (blocks, []):
+            set_subnet(model, pruned)
+            recalibrate(model, calibration)
+            top1.append(evaluate(model, val, shared=True)["top1"])
+        return {"top1": top1[1], "top1_smallest": top1[0]}
 
-    train(model, blocks, loader, args.epochs, args,
-          lambda model: f"top-1 largest {top1([]):.2f} %, smallest {top1(blocks):.2f} %")
-    smallest = top1(blocks)
-    smallest_cost = cost(merge(model), spec["input_size"])
-    largest = top1([])
-    save({**spec, "stage": "supernet", "baseline": baseline, "supernet": {"top1": largest, "smallest_top1": smallest},
+    model, result = train(model, blocks, loader, range(epochs, epochs + args.epochs), args, report, log, keep, state)
+    save({**spec, "stage": "supernet", "flags": flags, "baseline": baseline, "supernet": result,
           "state_dict": model.cpu().state_dict(), "baseline_state_dict": baseline_state}, args.out)
+    remove_state(args)
+
+    set_subnet(model, blocks)
+    smallest = cost(merge(model), spec["input_size"])
+    for phase in ("baseline", "supernet"):
+        print_best(phase, [row for row in log if row["phase"] == phase])
     print(f"\n{len(blocks)} prunable blocks: {' '.join(blocks)}\n")
     print_table(("", "params (M)", "MACs (M)", "top-1 (%)"), [
         (name, f"{c['params'] / 1e6:.3f}", f"{c['macs'] / 1e6:.1f}", f"{top1:.2f}") for name, c, top1 in (
-            ("baseline", baseline, baseline["top1"]), ("supernet, nothing pruned", baseline, largest),
-            ("supernet, everything pruned and merged", smallest_cost, smallest))])
+            ("baseline", baseline, baseline["top1"]), ("supernet, nothing pruned", baseline, result["top1"]),
+            ("supernet, everything pruned and merged", smallest, result["top1_smallest"]))])
     print(f"\nwrote {args.out}")
 
 

@@ -1,12 +1,14 @@
 """Stage 2 of 4: searches the supernet for the blocks to prune, with a genetic algorithm.
 
 Reads runs/supernet.pt. Writes runs/subnet.json, which can as well be written or edited by hand: "prune" lists the
-blocks to prune by their module path, all else is for the record.
+blocks to prune by their module path, all else is for the record. While it runs, runs/subnet.json.last is what --resume
+goes on from.
 
     python 2_search.py                     # half of the prunable blocks
     python 2_search.py --prune 6           # six of them (the paper's P6)
     python 2_search.py --macs 0.6          # merged network of at most 60 % of the baseline's multiply-accumulates
     python 2_search.py --params 0.5        # … of at most half of its parameters
+    torchrun --nproc-per-node 8 2_search.py --workers 8        # the candidates are shared out
 
 Budgets hold for the merged network. A candidate's score is its loss on training images that stage 1 held back, after its
 BN statistics were recalibrated, always from scratch and on the same images: no score depends on what was scored before.
@@ -17,10 +19,11 @@ import random
 import time
 
 import torch
-from tqdm import tqdm
+import torch.distributed as dist
 
-from blocks import (UserError, at_least, build, check_writable, cost, evaluate, fraction, make_loader, merge,
-                    pick_device, print_table, prunable_blocks, read, recalibrate, replacing, run, set_subnet)
+from blocks import (UserError, at_least, build, check_writable, cost, describe_run, evaluate, fraction, make_loader, merge,
+                    pick_device, print_table, processes, progress_bar, prunable_blocks, read, read_state, recalibrate,
+                    remove_state, replacing, run, save, set_subnet)
 
 parser = argparse.ArgumentParser(
     description="Stage 2 of 4: searches for the blocks to prune.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -37,9 +40,10 @@ parser.add_argument("--generations", type=at_least(1), default=6, help="generati
 parser.add_argument("--calibrate", type=at_least(1), default=512, metavar="N", help="training images for the BN statistics")
 parser.add_argument("--images", type=at_least(1), default=2000, metavar="N", help="at most this many held-out images to score on")
 parser.add_argument("--batch-size", type=at_least(1), default=128, help="images per forward pass")
-parser.add_argument("--seed", type=int, default=0, help="of the search")
+parser.add_argument("--seed", type=at_least(0), default=0, help="of the search")
 parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
 parser.add_argument("--workers", type=at_least(0), default=2, help="processes that load images")
+parser.add_argument("--resume", action="store_true", help="go on from OUT.last, which every generation renews, if it is there")
 parser.add_argument("--out", default="runs/subnet.json", metavar="FILE", help="the subnet spec")
 
 
@@ -88,12 +92,30 @@ def make_repair(args, blocks, baseline, whole, savings):
     return repair
 
 
-def search(score, repair, blocks, population, generations, seed):
-    """Genetic search for the set of blocks with the lowest loss. Returns {candidate: {"loss", "top1"}}, all scored."""
-    rng = random.Random(seed)
-    scores = {}
-    bar = tqdm(desc="search", total=population * generations, unit="subnet", leave=False, disable=None)
-    for generation in range(generations):
+def share_out(work, items):
+    """[work(item) for item in items]; under torchrun each process does its part and gets all the results."""
+    rank, world = processes()
+    mine = [work(item) for item in items[rank::world]]
+    if world == 1:
+        return mine
+    parts = [None] * world
+    dist.all_gather_object(parts, mine)
+    return [parts[i % world][i // world] for i in range(len(items))]
+
+
+def search(score, repair, blocks, population, generations, seed, scores=None, first=0, keep=None):
+    """Genetic search for the set of blocks with the lowest loss. Returns {candidate: {"loss", "top1"}}, all scored.
+
+    keep(generation, scores) saves what `first` and `scores` go on from."""
+    scores = scores or {}
+    bar = progress_bar(desc="search", total=population * generations, initial=population * first, unit="subnet")
+
+    def work(candidate):
+        bar.update(processes()[1])
+        return score(candidate)
+
+    for generation in range(first, generations):
+        rng = random.Random(f"{seed}/{generation}")
         started, fresh = time.time(), set()
         parents = sorted(scores, key=lambda c: scores[c]["loss"])[:max(2, population // 4)]
         for _ in range(20 * population):  # few new ones are left where the space is small
@@ -108,11 +130,12 @@ def search(score, repair, blocks, population, generations, seed):
             child = repair(child, rng)
             if child not in scores:
                 fresh.add(child)
-        for child in sorted(fresh, key=sorted):
-            scores[child] = score(child)
-            bar.update()
+        fresh = sorted(fresh, key=sorted)
+        scores.update(zip(fresh, share_out(work, fresh)))
         best = min(scores.values(), key=lambda s: s["loss"])
         bar.set_postfix(loss=f"{best['loss']:.3f}", refresh=False)
+        if keep:
+            keep(generation + 1, scores)
         print(f"generation {generation + 1}/{generations}  scored {len(scores)}  best loss {best['loss']:.4f}"
               f"  top-1 {best['top1']:.2f} %  {len(fresh) / (time.time() - started):.2f} subnets/s", flush=True)
         if not fresh:
@@ -126,6 +149,8 @@ def main():
     device = pick_device(args.device)
     check_writable(args.out)
     spec = read(args.supernet, "supernet")
+    flags = describe_run(args, "supernet")
+    state = read_state(args, flags)
     spec["data_dir"] = args.data_dir or spec["data_dir"]
     model = build(spec)
     blocks = list(prunable_blocks(model))
@@ -143,15 +168,26 @@ def main():
         recalibrate(model, calibration)
         return evaluate(model, held_out)
 
-    scores = search(score, repair, blocks, args.population, args.generations, args.seed)
+    def keep(generation, scores):
+        save({"stage": "unfinished run", "flags": flags, "generation": generation,
+              "scores": [(sorted(candidate), result) for candidate, result in scores.items()]}, args.out + ".last")
+
+    first, scores = 0, {}
+    if state:
+        first, scores = state["generation"], {frozenset(candidate): result for candidate, result in state["scores"]}
+        print(f"going on after generation {first}")
+    scores = search(score, repair, blocks, args.population, args.generations, args.seed, scores, first, keep)
     best = min(scores, key=lambda c: (scores[c]["loss"], sorted(c)))
     merged = {key: whole[key] - sum(savings[name][key] for name in best) for key in whole}
     prune = [name for name in blocks if name in best]
-    with replacing(args.out) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        json.dump({"format": 1, "model": spec["model"], "model_args": spec["model_args"], "input_size": spec["input_size"],
-                   "prune": prune, "end_act": spec["end_act"],
-                   "baseline": {key: spec["baseline"][key] for key in merged}, "merged": merged,
-                   "search": {**scores[best], "evaluated": len(scores), "seed": args.seed}}, file, indent=1)
+    if processes()[0] == 0:
+        with replacing(args.out) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            json.dump({"format": 1, "model": spec["model"], "model_args": spec["model_args"],
+                       "input_size": spec["input_size"], "prune": prune, "end_act": spec["end_act"],
+                       "baseline": {key: spec["baseline"][key] for key in merged}, "merged": merged,
+                       "search": {**scores[best], "evaluated": len(scores), "seed": args.seed}, "flags": flags},
+                      file, indent=1)
+    remove_state(args)
 
     print(f"\nprune {len(prune)} of {len(blocks)} blocks: {' '.join(prune)}\n")
     rows = [("baseline", spec["baseline"], ""), ("nothing pruned, BN folded", whole, score([])),

@@ -1,11 +1,13 @@
 """Stage 3 of 4: trains the chosen subnet while it moves from the baseline's structure to the pruned one.
 
-Reads runs/supernet.pt and runs/subnet.json. Writes runs/subnet.pt: the subnet at λ = 1, ready to be merged.
+Reads runs/supernet.pt and runs/subnet.json. Writes runs/subnet.pt: the subnet at λ = 1, ready to be merged. Beside it,
+runs/subnet.csv has a row per epoch, and while the stage runs, runs/subnet.pt.last is what --resume goes on from.
 
     python 3_progressive.py
     python 3_progressive.py --epochs 30 --transition 0.5 --lr 5e-4
     python 3_progressive.py --transition 0                          # direct pruning, to compare with
     python 3_progressive.py --subnet my.json --supernet runs/supernet.pt
+    torchrun --nproc-per-node 8 3_progressive.py --amp --workers 8
 
 It starts from the baseline's own weights. λ of the pruned blocks rises with every step over the first --transition of the
 steps, fast at first and slowly near 1, where a little more λ costs most; then it stays 1. The learning rate is held for
@@ -14,17 +16,16 @@ the first --hold of the steps, also where --transition is 0, and falls to 0 (cos
 """
 import argparse
 import math
-import time
+import os
 
 import torch
 import torch.nn.functional as F
-from timm.scheduler import CosineLRScheduler
-from timm.utils import AverageMeter, random_seed
-from tqdm import tqdm
+from timm.utils import random_seed
 
-from blocks import (UserError, at_least, check_writable, cost, create_optimizer, evaluate, fraction, load_baseline,
-                    make_loader, make_prunable, merge, pick_device, print_table, read, read_json, recalibrate, run,
-                    save, set_subnet)
+from blocks import (Epoch, Training, UserError, add_training_flags, at_least, check_writable, cost, describe_run, evaluate,
+                    fraction, load_baseline, make_loader, make_mixup, make_prunable, merge, pick_device, print_best,
+                    print_table, processes, read, read_json, read_state, recalibrate, remove_state, run, save, save_csv,
+                    set_subnet)
 
 parser = argparse.ArgumentParser(
     description="Stage 3 of 4: trains the subnet from λ = 0 to λ = 1.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -37,13 +38,7 @@ parser.add_argument("--transition", type=fraction, default=0.5, metavar="R",
                     help="share of the steps while λ goes from 0 to 1; 0 prunes directly")
 parser.add_argument("--hold", type=fraction, default=0.5, metavar="R", help="share of the steps at the full learning rate")
 parser.add_argument("--distill", type=fraction, default=0.5, metavar="W", help="weight, 0 to 1, of the baseline's soft labels")
-parser.add_argument("--batch-size", type=at_least(1), default=64, help="images per step")
-parser.add_argument("--lr", type=at_least(0, float), default=5e-4, help="learning rate")
-parser.add_argument("--opt", default="adamw", help="a timm optimiser name")
-parser.add_argument("--weight-decay", type=at_least(0, float), default=0.05, help="not applied to norms and biases")
-parser.add_argument("--seed", type=int, default=0, help="of the batches")
-parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
-parser.add_argument("--workers", type=at_least(0), default=2, help="processes that load images")
+add_training_flags(parser, lr=5e-4, warmup=0.0)
 parser.add_argument("--out", default="runs/subnet.pt", metavar="FILE", help="the trained subnet's checkpoint")
 
 
@@ -51,6 +46,51 @@ def mix_at(step, steps, transition):
     """λ at a step, counted from 0 of `steps`: a quarter sine that is 1 from the end of the transition on."""
     ramp = transition * steps
     return 1.0 if step + 1 >= ramp else math.sin(math.pi / 2 * (step + 1) / ramp)
+
+
+def train(model, teacher, prune, loader, args, report, log, keep=None, state=None):
+    """Trains `model` while the blocks `prune` go from λ = 0 to λ = 1, on the labels and on the teacher's soft labels. After
+    every epoch there is a row for `log`, with what report(model) measures. Returns the trained model and its last report.
+
+    keep(epoch, training, report) saves the state that `state` goes on from."""
+    steps, first, result = args.epochs * len(loader), 0, None
+    training = Training(model, args, steps, args.hold)
+    mixup = make_mixup(args, loader, model.num_classes)
+    if state:
+        training.load_state_dict(state["training"])
+        first, result = state["epoch"], state["result"]
+    for epoch in range(first, args.epochs):
+        random_seed(1000 * args.seed + epoch, processes()[0])  # nothing depends on what was drawn in earlier epochs
+        loader.sampler.set_epoch(epoch)
+        name = f"progressive {epoch + 1}/{args.epochs}"
+        progress = Epoch(name, loader)
+        model.train()
+        for step, (images, labels) in enumerate(loader, epoch * len(loader)):
+            lr, mix = training.start(step), mix_at(step, steps, args.transition)
+            set_subnet(model, prune, mix)
+            images, labels = mixup(images, labels)
+            with training.autocast():
+                logits = model(images)
+                # mixed labels are smoothed already
+                loss = F.cross_entropy(logits, labels, label_smoothing=args.smoothing if labels.ndim == 1 else 0.0)
+                if args.distill:
+                    with torch.no_grad():
+                        soft = teacher(images).float().softmax(-1)
+                    loss = (1 - args.distill) * loss + args.distill * F.cross_entropy(logits, soft)
+            training.backward(loss)
+            training.update(step)
+            progress.update(loss, step=step + 1, λ=mix, lr=lr)
+        speed = progress.finish()
+        training.end_epoch()
+        set_subnet(training.result, prune, mix)
+        result = report(training.result)
+        log.append({"epoch": epoch + 1, "mix": mix, "lr": lr, "train_loss": speed["loss"], "val_top1": result["top1"],
+                    "images_per_s": speed["images_per_s"]})
+        if keep:
+            keep(epoch + 1, training, result)
+        print(f"{name}  λ {mix:.3f}  lr {lr:.2e}  loss {speed['loss']:.3f}  top-1 {result['top1']:.2f} %"
+              f"  {speed['images_per_s']:.0f} img/s", flush=True)
+    return training.result, result
 
 
 def main():
@@ -61,59 +101,46 @@ def main():
     spec, subnet = read(args.supernet, "supernet"), read_json(args.subnet)
     if subnet["model"] != spec["model"]:
         raise UserError(f"{args.subnet} is for {subnet['model']}, {args.supernet} holds {spec['model']}")
+    flags = describe_run(args, "supernet", "subnet")
+    state = read_state(args, flags)
     spec["data_dir"] = args.data_dir or spec["data_dir"]
-    spec["prune"], spec["end_act"] = subnet["prune"], subnet.get("end_act", spec["end_act"])
+    prune = spec["prune"] = subnet["prune"]
+    spec["end_act"] = subnet.get("end_act", spec["end_act"])
 
     teacher = load_baseline(spec, device).to(memory_format=torch.channels_last)
     model = load_baseline(spec)
     make_prunable(model, spec["end_act"])
-    set_subnet(model, spec["prune"])  # an unknown block is told here
+    set_subnet(model, prune)  # an unknown block is told here
     model.to(device, memory_format=torch.channels_last)
-    loader = make_loader(spec, "train", args.batch_size, device, args.workers, train=True)
-    val = make_loader(spec, "val", args.batch_size, device, args.workers)
-    steps = args.epochs * len(loader)
-    hold = round(args.hold * steps)
+    loader = make_loader(spec, "train", args.batch_size, device, args.workers, augment=args)
+    val = make_loader(spec, "val", args.batch_size, device, args.workers, share=True)
+    log = state["log"] if state else []
 
-    # The BatchNorms that take a LayerNorm's place need statistics before they are blended in.
-    set_subnet(model, spec["prune"], mix_at(0, steps, args.transition))
-    recalibrate(model, (images for images, _ in make_loader(spec, "train", args.batch_size, device, limit=1024)))
-    result = evaluate(model, val)
-    print(f"{spec['model']}, {len(spec['prune'])} blocks pruned, baseline top-1 {spec['baseline']['top1']:.2f} %,"
-          f" at the start (λ = {mix_at(0, steps, args.transition):.3f}) {result['top1']:.2f} %")
+    def report(model):
+        return evaluate(model, val, shared=True)
 
-    if steps:
-        optimizer = create_optimizer(model, args)
-        # timm's warm-up, from the full rate to the full rate, holds it
-        scheduler = CosineLRScheduler(optimizer, max(1, steps - hold), warmup_t=hold, warmup_lr_init=args.lr,
-                                      warmup_prefix=True, t_in_epochs=False)
-    for epoch in range(args.epochs):
-        model.train()
-        losses, started, name = AverageMeter(), time.time(), f"progressive {epoch + 1}/{args.epochs}"
-        bar = tqdm(desc=name, total=len(loader) * loader.loader.batch_size, unit="img", leave=False, disable=None)
-        for step, (images, labels) in enumerate(loader, epoch * len(loader)):
-            mix = mix_at(step, steps, args.transition)
-            set_subnet(model, spec["prune"], mix)
-            logits = model(images)
-            loss = F.cross_entropy(logits, labels)
-            if args.distill:
-                with torch.no_grad():
-                    soft = teacher(images).softmax(-1)
-                loss = (1 - args.distill) * loss + args.distill * F.cross_entropy(logits, soft)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            scheduler.step_update(step + 1)
-            losses.update(loss.item(), len(images))
-            bar.update(len(images))
-            bar.set_postfix(loss=f"{losses.avg:.3f}", mix=f"{mix:.3f}", refresh=False)
-        bar.close()
-        speed = losses.count / (time.time() - started)
-        result = evaluate(model, val)
-        print(f"{name}  λ {mix:.3f}  lr {optimizer.param_groups[0]['lr']:.2e}  loss {losses.avg:.3f}"
-              f"  top-1 {result['top1']:.2f} %  {speed:.0f} img/s", flush=True)
+    def keep(epoch, training, result):
+        save_csv(log, os.path.splitext(args.out)[0] + ".csv")
+        save({"stage": "unfinished run", "flags": flags, "epoch": epoch, "log": log, "result": result,
+              "training": training.state_dict()}, args.out + ".last")
+
+    if state:
+        print(f"{spec['model']}, {len(prune)} blocks pruned, going on after epoch {state['epoch']}")
+    else:
+        # The BatchNorms that take a LayerNorm's place need statistics before they are blended in
+        mix = mix_at(0, args.epochs * len(loader), args.transition)
+        set_subnet(model, prune, mix)
+        recalibrate(model, (images for images, _ in make_loader(spec, "train", args.batch_size, device, limit=1024)))
+        result = report(model)
+        print(f"{spec['model']}, {len(prune)} blocks pruned, baseline top-1 {spec['baseline']['top1']:.2f} %,"
+              f" at the start (λ = {mix:.3f}) {result['top1']:.2f} %")
+    if args.epochs:
+        model, result = train(model, teacher, prune, loader, args, report, log, keep, state)
 
     model.cpu().eval()
-    save({**spec, "stage": "subnet", "subnet": result, "state_dict": model.state_dict()}, args.out)
+    save({**spec, "stage": "subnet", "flags": flags, "subnet": result, "state_dict": model.state_dict()}, args.out)
+    remove_state(args)
+    print_best("progressive", log)
     print()
     merged = cost(merge(model), spec["input_size"])
     print_table(("", "params (M)", "MACs (M)", "top-1 (%)"), [

@@ -21,25 +21,37 @@ In a notebook:
     smaller = merge(model)                      # plain layers, same outputs
     model, spec = load("runs/merged.pt")        # or any other stage's file
 
-First half: the blocks, their merge and what it costs. Second half: files, images, evaluation.
+First half: the blocks, their merge and what it costs. Second half: processes, files, images, evaluation, training.
 """
 import argparse
 import contextlib
 import copy
+import csv
+import itertools
 import json
+import math
 import os
+import random
 import sys
+import time
+import zlib
 
+import numpy as np
 import timm
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
+from timm.data.loader import PrefetchLoader, fast_collate
 from timm.layers import Mlp
 from timm.models import _efficientnet_blocks, convnext, resnet, vision_transformer
 from timm.optim import create_optimizer_v2
-from timm.utils import reparameterize_model
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3, reparameterize_model
+from timm.utils.distributed import init_distributed_device_so
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
+from torch.utils.data.distributed import DistributedSampler
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -179,7 +191,7 @@ class PrunableBasicBlock(Prunable, resnet.BasicBlock):
         if self.mix == 1:
             z = F.conv2d(z, centre)
         else:
-            weight = torch.lerp(weight, F.pad(centre, (1, 1, 1, 1)), self.mix)  # outer taps times (1 - λ)
+            weight = (1 - self.mix) * weight + F.pad(self.mix * centre, (1, 1, 1, 1))  # outer taps times (1 - λ)
             z = F.conv2d(z, weight, None, padding=self.conv2.padding, dilation=self.conv2.dilation)
         z = self.bn2(z)
         if self.drop_path is not None:
@@ -411,7 +423,7 @@ def cost(model, input_size):
 
 
 # =====================================================================================================================
-# Second half: what the stages share. Files between the stages
+# Second half: what the stages share. Command line and processes
 # =====================================================================================================================
 
 def run(main):
@@ -423,6 +435,9 @@ def run(main):
         sys.exit("error: " + (str(error).strip().splitlines() or [repr(error)])[-1].removeprefix("blocks.UserError: "))
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def at_least(low, kind=int, high=float("inf")):
@@ -439,12 +454,60 @@ fraction = at_least(0, float, 1)
 
 
 def pick_device(name):
-    """torch.device of that name, or a UserError where this machine has none."""
+    """torch.device of that name, or a UserError where this machine has none. Under torchrun it also joins the other
+    processes and picks the one device that is this process's own; only the first process prints."""
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=init_distributed_device_so(name)["device"]).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if processes()[0] > 0:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    return device
 
+
+def processes():
+    """(number of this process, number of all) under torchrun, else (0, 1)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """The other processes wait until the first has come through: what it downloads or draws is there for them."""
+    rank, world = processes()
+    if rank > 0:
+        dist.barrier()
+    yield
+    if rank == 0 and world > 1:
+        dist.barrier()
+
+
+def average(tensors):
+    """Averages each of `tensors` over all processes, in place and in one message."""
+    if processes()[1] > 1 and tensors:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        flat /= processes()[1]
+        for tensor, piece in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(piece.view_as(tensor))
+
+
+def total(values, device):
+    """Each of `values`, plain numbers, summed over all processes."""
+    if processes()[1] == 1:
+        return values
+    values = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(values)
+    return values.tolist()
+
+
+def progress_bar(*args, **kwargs):
+    """tqdm, in the first process and on a terminal only."""
+    return tqdm(*args, leave=False, disable=None if processes()[0] == 0 else True, **kwargs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files between the stages
+# ---------------------------------------------------------------------------------------------------------------------
 
 def check_writable(path):
     """UserError where an output file cannot be written, before hours of work go into it."""
@@ -471,8 +534,18 @@ def replacing(path):
 
 def save(checkpoint, path):
     """A checkpoint is one flat dict of tensors and plain values; "stage" names the script that wrote it."""
-    with replacing(path) as temporary:
-        torch.save({"format": 1, **checkpoint}, temporary)
+    if processes()[0] == 0:
+        with replacing(path) as temporary:
+            torch.save({"format": 1, **checkpoint}, temporary)
+
+
+def save_csv(rows, path):
+    """Rows are dicts with the same keys."""
+    if processes()[0] == 0:
+        with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 def read(path, *stages):
@@ -487,6 +560,45 @@ def read(path, *stages):
     if stages and stage not in stages:
         raise UserError(f"{path} holds a {stage}, this needs a {' or '.join(stages)}")
     return checkpoint
+
+
+def describe_run(args, *inputs, **more):
+    """The flags that decide what a run computes, as {name: text}; for input files, named by flag, a checksum."""
+    flags = {**vars(args), "processes": processes()[1], **more}
+    for name in inputs:
+        if flags[name]:
+            with open(flags[name], "rb") as file:
+                flags[name] = f"{flags[name]} (checksum {zlib.crc32(file.read()):08x})"
+    return {name: str(value) for name, value in flags.items() if name not in ("resume", "device", "workers", "out")}
+
+
+def read_state(args, flags):
+    """What a run that was stopped left in OUT.last, or None where there is nothing to go on from. Ends the program where
+    OUT is finished already; UserError where OUT.last was made with other flags."""
+    path = args.out + ".last"
+    if not args.resume:
+        if os.path.exists(path):
+            print(f"{path} is of a run that was stopped. This one starts again and overwrites it; --resume would go on.")
+    elif os.path.exists(path):
+        state = read(path, "unfinished run")
+        changed = [name for name in flags if flags[name] != state["flags"].get(name)]
+        if changed:
+            raise UserError(f"{path} was made with other flags: " + "; ".join(
+                f"{name} {state['flags'].get(name)}, now {flags[name]}" for name in changed)
+                + ". Give the same ones, or leave out --resume to start again")
+        return state
+    elif os.path.exists(args.out):
+        with contextlib.suppress(UserError):
+            if (read_json if args.out.endswith(".json") else read)(args.out).get("flags") == flags:
+                print(f"{args.out} is finished, and was made with these flags: nothing to do")
+                sys.exit()
+    return None
+
+
+def remove_state(args):
+    """To be called when OUT is written."""
+    if processes()[0] == 0 and os.path.exists(args.out + ".last"):
+        os.remove(args.out + ".last")
 
 
 def read_json(path):
@@ -545,27 +657,65 @@ def load_baseline(checkpoint, device="cpu"):
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Images(torch.utils.data.Dataset):
-    """Some images of a timm data set. timm skips an image that it cannot read; here it is an error that names it."""
-    transform = None  # set by timm's create_loader
+    """Some images of a timm data set, transformed, and their labels. cache: decoded once, if they fit into memory.
 
-    def __init__(self, dataset, indices):
-        self.dataset, self.indices = dataset, indices
+    Item (epoch, i) is image i, augmented by chance; the chance depends on seed, epoch and i alone: not on the number of
+    loader processes, not on what was loaded before. Item i without an epoch is for transforms without chance.
+    timm skips an image that it cannot read; here it is an error that names it."""
+    in_memory = 2**31  # bytes of decoded images that fit; under torchrun each process holds its own
+
+    def __init__(self, dataset, indices, transform, seed=0, cache=False):
+        self.dataset, self.indices, self.transform, self.seed, self.cache = dataset, indices, transform, seed, None
+        if not cache or len(self) == 0:
+            return
+        some = [self.decode(i)[0] for i in range(0, len(self), len(self) // 8 + 1)]
+        if sum(3 * image.width * image.height for image in some) / len(some) * len(self) > self.in_memory:
+            return
+        pixels, where = [], []
+        for i in progress_bar(range(len(self)), "decode", unit="img"):
+            image, label = self.decode(i)
+            pixels.append(torch.from_numpy(np.array(image)).flatten())
+            where.append((image.height, image.width, label))
+        # one tensor, which all loader processes share
+        self.offsets = [0, *itertools.accumulate(map(len, pixels))]
+        self.cache, self.where = torch.cat(pixels), where
 
     def __len__(self):
         return len(self.indices)
 
-    def __getitem__(self, i):
+    def decode(self, i):
+        """(RGB image, label) of the i-th of `indices`."""
         index = int(self.indices[i])
         try:
             if reader := getattr(self.dataset, "reader", None):
                 file, label = reader[index][:2]
-                image = Image.open(file).convert("RGB")
+                image = Image.open(file)
             else:  # a torchvision data set
                 image, label = self.dataset[index]
+            return image.convert("RGB"), int(label)
         except Exception as error:  # Pillow raises many kinds
             name = reader.filename(index, absolute=True) if reader else f"number {index}"
             raise UserError(f"cannot read image {name} ({type(error).__name__}): mend or remove it") from error
-        return self.transform(image.convert("RGB")), label
+
+    def __getitem__(self, item):
+        epoch, i = item if isinstance(item, tuple) else (None, item)
+        if self.cache is None:
+            image, label = self.decode(i)
+        else:
+            height, width, label = self.where[i]
+            image = Image.fromarray(self.cache[self.offsets[i]:self.offsets[i + 1]].view(height, width, 3).numpy())
+        if epoch is not None:  # timm's transforms draw from all three
+            random.seed(f"{self.seed}/{epoch}/{i}")
+            np.random.seed(random.getrandbits(32))
+            torch.default_generator.manual_seed(random.getrandbits(63))
+        return self.transform(image), label
+
+
+class Shuffle(DistributedSampler):
+    """This process's share of the images in a new order every epoch, which `set_epoch` chooses, as (epoch, i)."""
+
+    def __iter__(self):
+        return zip(itertools.repeat(self.epoch), super().__iter__())
 
 
 def open_dataset(spec, split):
@@ -592,11 +742,12 @@ def open_dataset(spec, split):
     return dataset
 
 
-def make_loader(spec, part, batch_size, device, workers=0, train=False, limit=None):
+def make_loader(spec, part, batch_size, device, workers=0, limit=None, share=False, augment=None):
     """timm's loader of normalised batches (B, C, H, W) and labels (B,) on `device`.
 
     part: "train" (without what is held back), "holdout" (the part of the training images that the search scores on) or
-    "val". train: shuffled, augmented, last batch dropped. limit: only that many, drawn with the seed of the holdout."""
+    "val". limit: only that many, drawn with the seed of the holdout. share: under torchrun, only this process's part.
+    augment: args with seed, aa and reprob, to train on: shuffled, augmented, shared out, last batch dropped."""
     dataset = open_dataset(spec, "val" if part == "val" else "train")
     indices = torch.arange(len(dataset))
     if part != "val":
@@ -608,34 +759,201 @@ def make_loader(spec, part, batch_size, device, workers=0, train=False, limit=No
         indices = indices[held if part == "holdout" else ~held]
     if limit and limit < len(indices):
         indices = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(spec["seed"]))[:limit]]
-    return timm.data.create_loader(
-        Images(dataset, indices), tuple(spec["input_size"]), min(batch_size, len(indices)), is_training=train,
-        scale=spec["scale"], color_jitter=0, interpolation=spec["interpolation"], crop_pct=spec["crop_pct"],
-        mean=spec["mean"], std=spec["std"], device=torch.device(device), num_workers=workers,
-        persistent_workers=workers > 0)
+    rank, world = processes()
+    if share:
+        indices = indices[rank::world]
+    random_flags = {"scale": spec["scale"], "auto_augment": augment.aa} if augment else {}
+    try:
+        transform = timm.data.create_transform(
+            tuple(spec["input_size"]), is_training=bool(augment), color_jitter=0, use_prefetcher=True, mean=spec["mean"],
+            std=spec["std"], interpolation=spec["interpolation"], crop_pct=spec["crop_pct"], **random_flags)
+    except (AssertionError, KeyError, ValueError) as error:
+        if not (augment and augment.aa):
+            raise
+        raise UserError(f"--aa {augment.aa}: not a policy in timm's notation, like rand-m9-mstd0.5-inc1") from error
+    images = Images(dataset, indices, transform, augment.seed if augment else 0, cache=share or bool(augment))
+    batch_size = min(batch_size, len(images) // world if augment else len(images))
+    loader = torch.utils.data.DataLoader(
+        images, batch_size, drop_last=bool(augment), num_workers=workers, persistent_workers=workers > 0,
+        sampler=Shuffle(images, world, rank, seed=augment.seed, drop_last=True) if augment else None,
+        collate_fn=fast_collate, pin_memory=torch.device(device).type == "cuda")
+    return PrefetchLoader(loader, mean=spec["mean"], std=spec["std"], channels=spec["input_size"][0],
+                          device=torch.device(device), re_prob=augment.reprob if augment else 0.)
 
 
 @torch.no_grad()
-def evaluate(model, batches):
-    """{"loss": mean cross entropy, "top1": %} over an iterable of (images, labels)."""
+def evaluate(model, batches, shared=False):
+    """{"loss": mean cross entropy, "top1": %} over an iterable of (images, labels), in float32.
+    shared: each process has a part of the batches, and gets the result of all."""
     model.eval()
     loss = correct = count = 0
-    for images, labels in tqdm(batches, "evaluate", leave=False, disable=None):
+    for images, labels in progress_bar(batches, "evaluate"):
         logits = model(images).float()
         loss += F.cross_entropy(logits, labels, reduction="sum").item()
         correct += (logits.argmax(1) == labels).sum().item()
         count += len(labels)
+    if shared:
+        loss, correct, count = total([loss, correct, count], next(model.parameters()).device)
     return {"loss": loss / count, "top1": 100 * correct / count}
 
 
-def create_optimizer(model, args):
-    """timm's optimiser as --opt, --lr and --weight-decay say; norms and biases are not decayed."""
-    # Fused where torch has it: at 32 px on a CPU the plain loop over the parameters takes a third of the step
-    fused = {"fused": True} if args.opt in ("adam", "adamw", "sgd") else {}
-    try:
-        return create_optimizer_v2(model, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay, **fused)
-    except (ValueError, AssertionError, KeyError) as error:
-        raise UserError(f"--opt {args.opt}: {error}") from error
+# ---------------------------------------------------------------------------------------------------------------------
+# Training: what stages 1 and 3 share. The loops stand there
+# ---------------------------------------------------------------------------------------------------------------------
+
+def add_training_flags(parser, lr, warmup):
+    """Flags of both stages that train, with timm's names where timm has them."""
+    parser.add_argument("--batch-size", type=at_least(1), default=64, help="images per step; under torchrun, per process")
+    parser.add_argument("--lr", type=at_least(0, float), default=lr, help="peak learning rate")
+    parser.add_argument("--warmup", type=fraction, default=warmup, metavar="R",
+                        help="share of the steps while the rate rises to --lr from a tenth of it; falls to 0 by a cosine later")
+    parser.add_argument("--opt", default="adamw", help="a timm optimiser name")
+    parser.add_argument("--weight-decay", type=at_least(0, float), default=0.05, help="not applied to norms and biases")
+    parser.add_argument("--clip-grad", type=at_least(0, float), metavar="NORM", help="largest norm of the gradient (None: any)")
+    parser.add_argument("--ema", type=fraction, metavar="DECAY",
+                        help="also average the weights, e.g. 0.9999 (less in the first steps); the average is what counts")
+    parser.add_argument("--mixup", type=at_least(0, float), default=0.0, metavar="ALPHA", help="mixup, e.g. 0.8")
+    parser.add_argument("--cutmix", type=at_least(0, float), default=0.0, metavar="ALPHA", help="cutmix, e.g. 1.0")
+    parser.add_argument("--smoothing", type=fraction, default=0.0, help="label smoothing, e.g. 0.1")
+    parser.add_argument("--aa", metavar="POLICY", help="AutoAugment or RandAugment in timm's notation: rand-m9-mstd0.5-inc1")
+    parser.add_argument("--reprob", type=fraction, default=0.0, help="probability of random erasing, e.g. 0.25")
+    parser.add_argument("--amp", nargs="?", const="bfloat16", choices=("bfloat16", "float16"),
+                        help="mixed precision: bfloat16, or float16 with a loss scaler")
+    parser.add_argument("--compile", action="store_true", help="torch.compile of each block: slow to start, faster later")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of everything that is left to chance")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
+    parser.add_argument("--workers", type=at_least(0), default=2, help="processes that load images")
+    parser.add_argument("--resume", action="store_true", help="go on from OUT.last, which every epoch renews, if it is there")
+
+
+class Training:
+    """All that changes while a model trains: weights, optimiser, learning rate, loss scale, averaged weights.
+
+    `steps` in all; the learning rate rises over the first args.warmup of them, stays until the share `hold`, then falls.
+    `state_dict` holds what it takes to go on from there, bit for bit."""
+
+    def __init__(self, model, args, steps, hold=0.0):
+        self.model, self.args, self.device = model, args, next(model.parameters()).device
+        # Fused where torch has it: at 32 px on a CPU the plain loop over the parameters takes a third of the step
+        fused = {"fused": True} if args.opt in ("adam", "adamw", "sgd") else {}
+        try:
+            self.optimizer = create_optimizer_v2(  # no decay for norms and biases
+                model, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay, **fused)
+        except (ValueError, AssertionError, KeyError) as error:
+            raise UserError(f"--opt {args.opt}: {error}") from error
+        self.warmup = round(args.warmup * steps)
+        self.hold = max(self.warmup, round(hold * steps))
+        self.scheduler = CosineLRScheduler(self.optimizer, max(1, steps - self.hold), warmup_t=self.warmup,
+                                           warmup_lr_init=args.lr / 10, warmup_prefix=True, t_in_epochs=False)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "float16")
+        # λ is no parameter: it is not averaged, and the copy's own has to be set
+        self.ema = ModelEmaV3(model, args.ema, use_warmup=True) if args.ema else None
+        if args.compile:
+            compile_blocks(model)
+
+    @property
+    def result(self):
+        """The model that counts: the averaged one, where there is one."""
+        return self.ema.module if self.ema else self.model
+
+    def start(self, step):
+        """Sets the learning rate of this step, counted from 0, and returns it."""
+        self.scheduler.step_update(min(step, self.warmup) + max(0, step - self.hold))
+        return self.optimizer.param_groups[0]["lr"]
+
+    def autocast(self):
+        return torch.autocast(self.device.type, getattr(torch, self.args.amp or "bfloat16"), enabled=bool(self.args.amp))
+
+    def backward(self, loss):
+        """Adds to the gradients; several calls may make up one step."""
+        self.scaler.scale(loss).backward()
+
+    def update(self, step):
+        """One step with the gradients so far. They are averaged over the processes here, once, not in every backward
+        pass as DistributedDataParallel does it: a supernet's step has several, and leaves out other weights in each."""
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        average([parameter.grad for parameter in parameters])
+        if self.args.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(parameters, self.args.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.ema:
+            self.ema.update(self.model, step)
+
+    def end_epoch(self):
+        """Every process has BN statistics of its own images: all get their average."""
+        average([buffer for part in (self.model, self.result) for buffer in part.buffers() if buffer.is_floating_point()])
+
+    def parts(self):
+        return {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler,
+                **({"ema": self.ema.module} if self.ema else {})}
+
+    def state_dict(self):
+        return {name: part.state_dict() for name, part in self.parts().items()}
+
+    def load_state_dict(self, state):
+        for name, part in self.parts().items():
+            part.load_state_dict(state[name])
+
+
+def make_mixup(args, loader, num_classes):
+    """(images, labels) -> (images, labels): timm's mixup and cutmix, with soft labels (B, classes), or nothing."""
+    if not (args.mixup or args.cutmix):
+        return lambda images, labels: (images, labels)
+    if loader.loader.batch_size % 2:
+        raise UserError(f"--mixup and --cutmix need an even --batch-size, not {loader.loader.batch_size}")
+    return timm.data.Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=num_classes)
+
+
+def compile_blocks(model):
+    """torch.compile, block by block: a whole network would be compiled anew for every subnet, a block is for λ = 0, for
+    λ = 1 and once for all that lies between."""
+    torch._dynamo.config.cache_size_limit = 64  # forms, shapes and modes of one forward; beyond that it would run as before
+    for module in model.modules():
+        if isinstance(module, tuple(family.timm_class for family in FAMILIES)):
+            module.compile()
+
+
+class Epoch:
+    """Progress bar, mean loss and speed of one epoch of training, over all processes."""
+
+    def __init__(self, name, loader):
+        batch, world = loader.loader.batch_size, processes()[1]
+        self.bar = progress_bar(desc=name, total=len(loader) * batch * world, unit="img")
+        self.images, self.sum, self.count, self.waiting, self.started = batch * world, 0.0, 0, None, time.time()
+
+    def update(self, loss, **where):
+        """Counts one step's loss. A loss is only read at the next step: the GPU has the next batch by then.
+        UserError where it is not finite, with what `where` says of its step."""
+        self.read()
+        self.waiting = loss.detach(), where
+
+    def read(self):
+        if self.waiting:
+            loss, where = self.waiting[0].item(), self.waiting[1]
+            if not math.isfinite(loss):
+                raise UserError(f"the loss is {loss} at " + ", ".join(f"{key} {value:g}" for key, value in where.items())
+                                + ". Try a lower --lr, --clip-grad 1 or no --amp; OUT.last keeps the last whole epoch")
+            self.sum, self.count = self.sum + loss, self.count + 1
+            self.bar.update(self.images)
+            self.bar.set_postfix(loss=f"{self.sum / self.count:.3f}", refresh=False)
+
+    def finish(self):
+        """{"loss": mean, "images_per_s": …}"""
+        self.read()
+        self.bar.close()
+        speed = self.count * self.images / (time.time() - self.started)
+        loss, count = total([self.sum, self.count], self.waiting[0].device)
+        return {"loss": loss / count, "images_per_s": round(speed, 1)}
+
+
+def print_best(name, log):
+    """Best and last top-1 of some epochs. The best is for information: val is never chosen on."""
+    if log:
+        best = max(log, key=lambda row: row["val_top1"])
+        print(f"{name}: best top-1 {best['val_top1']:.2f} % after epoch {best['epoch']}, last {log[-1]['val_top1']:.2f} %")
 
 
 def print_table(header, rows):

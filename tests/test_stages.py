@@ -49,12 +49,14 @@ def test_checkpoints_hold_tensors_and_plain_values(runs):
     for name, stage in (("supernet.pt", "supernet"), ("subnet.pt", "subnet"), ("merged.pt", "merged")):
         checkpoint = torch.load(runs / name, weights_only=True)
         assert checkpoint["stage"] == stage and checkpoint["format"] == 1
-    assert sorted(os.listdir(runs)) == ["merged.pt", "merged.pt2", "subnet.json", "subnet.pt", "supernet.pt"]
+    assert sorted(os.listdir(runs)) == ["merged.pt", "merged.pt2", "subnet.csv", "subnet.json", "subnet.pt",
+                                        "supernet.csv", "supernet.pt"]
 
 
 def test_spec_is_what_a_person_expects(runs):
     spec, supernet = json.loads((runs / "subnet.json").read_text()), blocks.read(runs / "supernet.pt")
-    assert set(spec) == {"format", "model", "model_args", "input_size", "prune", "end_act", "baseline", "merged", "search"}
+    assert set(spec) == {"format", "model", "model_args", "input_size", "prune", "end_act", "baseline", "merged", "search",
+                         "flags"}
     assert set(spec["search"]) == {"loss", "top1", "evaluated", "seed"} and spec["input_size"] == [3, 32, 32]
     assert spec["end_act"] == (spec["model"] != "test_vit")
     names = list(blocks.prunable_blocks(blocks.build(supernet)))
