@@ -239,7 +239,7 @@ def main():
     spec.update(model_spec)
     make_prunable(copy.deepcopy(model), args.end_act)  # a model that cannot be pruned is told now, not after the training
     model.to(device, memory_format=torch.channels_last)  # depthwise convs train more than twice as fast
-    flags = describe_run(args, "checkpoint", train_images=spec["train_images"])
+    flags = describe_run(args, "checkpoint", train_images=spec["train_images"], processes=processes()[1])
     state = read_state(args, flags)
     loader = make_loader(spec, "train", args.batch_size, device, args.workers, augment=args)
     val = make_loader(spec, "val", args.batch_size, device, args.workers, share=True)

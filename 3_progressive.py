@@ -101,7 +101,7 @@ def main():
     spec, subnet = read(args.supernet, "supernet"), read_json(args.subnet)
     if subnet["model"] != spec["model"]:
         raise UserError(f"{args.subnet} is for {subnet['model']}, {args.supernet} holds {spec['model']}")
-    flags = describe_run(args, "supernet", "subnet")
+    flags = describe_run(args, "supernet", "subnet", processes=processes()[1])
     state = read_state(args, flags)
     spec["data_dir"] = args.data_dir or spec["data_dir"]
     prune = spec["prune"] = subnet["prune"]

@@ -564,7 +564,7 @@ def read(path, *stages):
 
 def describe_run(args, *inputs, **more):
     """The flags that decide what a run computes, as {name: text}; for input files, named by flag, a checksum."""
-    flags = {**vars(args), "processes": processes()[1], **more}
+    flags = {**vars(args), **more}
     for name in inputs:
         if flags[name]:
             with open(flags[name], "rb") as file:

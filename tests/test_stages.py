@@ -4,51 +4,25 @@ import importlib
 import json
 import os
 import random
-import runpy
 import subprocess
 import sys
 
 import pytest
 import timm
 import torch
-from conftest import ROOT, run_stage
+from conftest import one_network, run_stage, stage
 
 import blocks
 from blocks import UserError, cost, evaluate, load, make_loader
-
-FAMILIES = {"test_resnet": ["--prune", "2"], "mobilenetv2_035": ["--macs", "0.9"], "test_convnext": ["--params", "0.8"],
-            "test_vit": []}
-
-
-@pytest.fixture(scope="session", params=FAMILIES)
-def runs(request, pictures, tmp_path_factory):
-    """A folder with what all four stages write for one network of each family."""
-    folder = tmp_path_factory.mktemp(request.param)
-    first = run_stage("1_supernet.py", "--model", request.param, "--data-dir", pictures, "--img-size", 32, "--workers", 0,
-                      "--baseline-epochs", 2, "--epochs", 1, "--random-subnets", 1, cwd=folder)
-    run_stage("2_search.py", "--population", 4, "--generations", 2, "--workers", 0, *FAMILIES[request.param], cwd=folder)
-    third = run_stage("3_progressive.py", "--epochs", 2, "--workers", 0, cwd=folder)
-    fourth = run_stage("4_merge.py", "--batch-size", 2, "--workers", 0, cwd=folder)
-    # into a file: one line per epoch, nothing drawn over
-    assert sum(line.startswith(("baseline 1/2", "baseline 2/2", "supernet 1/1")) for line in first.stdout.splitlines()) == 3
-    assert sum(line.startswith("progressive ") for line in third.stdout.splitlines()) == 2
-    assert "\r" not in first.stdout + first.stderr + third.stdout + third.stderr
-    assert [line.split("  ")[0].strip() for line in fourth.stdout.splitlines()[-5:-2]] == [
-        "baseline", "baseline, BN folded", "merged"]
-    return folder / "runs"
-
-
-one_network = pytest.mark.parametrize("runs", ["test_resnet"], indirect=True)  # where one network is enough
-
 
 def validation(spec):
     return list(make_loader(spec, "val", 16, "cpu"))
 
 
 def test_checkpoints_hold_tensors_and_plain_values(runs):
-    for name, stage in (("supernet.pt", "supernet"), ("subnet.pt", "subnet"), ("merged.pt", "merged")):
+    for name, kind in (("supernet.pt", "supernet"), ("subnet.pt", "subnet"), ("merged.pt", "merged")):
         checkpoint = torch.load(runs / name, weights_only=True)
-        assert checkpoint["stage"] == stage and checkpoint["format"] == 1
+        assert checkpoint["stage"] == kind and checkpoint["format"] == 1
     assert sorted(os.listdir(runs)) == ["merged.pt", "merged.pt2", "subnet.csv", "subnet.json", "subnet.pt",
                                         "supernet.csv", "supernet.pt"]
 
@@ -115,15 +89,6 @@ def test_export_runs_without_this_repository(runs, tmp_path):
 
 
 # ---- in this process: what needs no shell --------------------------------------------------------------------------
-
-def stage(monkeypatch, script, *args):
-    """Runs a stage in this process; returns what it exits with, None where it ends by itself."""
-    monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
-    try:
-        runpy.run_path(os.path.join(ROOT, script), run_name="__main__")
-    except SystemExit as end:
-        return end.code
-
 
 @one_network
 def test_a_wrong_merge_writes_nothing(runs, monkeypatch, tmp_path):
