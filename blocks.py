@@ -75,12 +75,17 @@ def blend(baseline, pruned, mix):
     return (1 - mix) * baseline() + mix * pruned()
 
 
+def fade(act, z, mix):
+    """(1 - λ)·act(z) + λ·z. Many of timm's activations work in place; here z is still needed."""
+    return z if mix == 1 else (1 - mix) * act(z.clone() if getattr(act, "inplace", False) else z) + mix * z
+
+
 def linear_mlp(mlp, x, mix):
     """timm's Mlp on (..., C) with its activation fading out; at λ = 1 fc2·fc1 is one C x C matrix, 8 times cheaper."""
     if mix == 1:
         return mlp.drop2(F.linear(x, *compose_mlp(mlp)))
     z = F.linear(x, mlp.fc1.weight.flatten(1), mlp.fc1.bias)  # flatten: fc1 and fc2 are 1x1 convs in some ConvNeXts
-    z = mlp.drop1(blend(lambda: mlp.act(z), lambda: z, mix))
+    z = mlp.drop1(fade(mlp.act, z, mix))
     return mlp.drop2(F.linear(z, mlp.fc2.weight.flatten(1), mlp.fc2.bias))
 
 
@@ -150,8 +155,13 @@ class Prunable:
     end_act_default = True  # an activation behind a pruned block that has none there: many in a row would be linear without
     added = ("end_act",)  # modules that timm's block does not have
 
+    def prepare(self, end_act):
+        """Adds the modules of the pruned form."""
+
     def finish(self, y):
-        return y if self.end_act is None else blend(lambda: y, lambda: self.end_act(y), self.mix)
+        if self.end_act is None:
+            return y
+        return self.end_act(y) if self.mix == 1 else fade(self.end_act, y, 1 - self.mix)
 
     @torch.no_grad()
     def fuse(self):
@@ -179,14 +189,11 @@ class PrunableBasicBlock(Prunable, resnet.BasicBlock):
         return (block.se is None and isinstance(block.aa, nn.Identity)
                 and isinstance(block.bn1, BatchNorm) and isinstance(block.bn2, BatchNorm))
 
-    def prepare(self, end_act):
-        self.act1.inplace = False  # the blend needs its input too
-
     def forward(self, x):
         if self.mix == 0:
             return super().forward(x)
         z = self.drop_block(self.bn1(self.conv1(x)))
-        z = blend(lambda: self.act1(z), lambda: z, self.mix)
+        z = fade(self.act1, z, self.mix)
         weight, centre = self.conv2.weight, self.conv2.weight[:, :, 1:2, 1:2]
         if self.mix == 1:
             z = F.conv2d(z, centre)
@@ -237,8 +244,6 @@ class PrunableInvertedResidual(Prunable, _efficientnet_blocks.InvertedResidual):
         return taps * pw.in_channels * pwl.out_channels < baseline
 
     def prepare(self, end_act):
-        for bn in (self.bn1, self.bn2):
-            bn.act.inplace = False
         self.end_act = copy.deepcopy(self.bn2.act) if end_act else None
 
     def forward(self, x):
@@ -246,11 +251,11 @@ class PrunableInvertedResidual(Prunable, _efficientnet_blocks.InvertedResidual):
             return super().forward(x)
         bn1 = self.bn1  # timm's BN modules apply the activation themselves: nn.BatchNorm2d.forward leaves it out
         z = nn.BatchNorm2d.forward(bn1, self.conv_pw(x))
-        z = blend(lambda: bn1.act(z), lambda: z, self.mix)
+        z = fade(bn1.act, z, self.mix)
         shift = bn1.bias - bn1.weight * bn1.running_mean * torch.rsqrt(bn1.running_var + bn1.eps)
         z = z - self.mix * shift.view(1, -1, 1, 1)
         u = nn.BatchNorm2d.forward(self.bn2, self.conv_dw(z))
-        u = blend(lambda: self.bn2.act(u), lambda: u, self.mix)
+        u = fade(self.bn2.act, u, self.mix)
         y = self.bn3(self.conv_pwl(u))
         return self.finish(self.drop_path(y) + x if self.has_skip else y)
 

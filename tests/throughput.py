@@ -1,0 +1,102 @@
+"""Images per second of the training stages against a plain training loop on the same network, loader and optimiser.
+
+    python tests/throughput.py                                  # the drawn pictures; alternates, prints medians of ratios
+    python tests/throughput.py --model convnext_tiny --data-dir imagenette --img-size 224 --device cuda --amp --batch-size 128
+
+Stage 3 with nothing pruned (λ = 0) and with everything pruned (λ = 1) does one pass per step like the plain loop; stage 1
+does a forward and backward pass for each of its subnets.
+"""
+import argparse
+import copy
+import importlib
+import os
+import statistics
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from blocks import Training, make_loader, make_prunable, pick_device  # noqa: E402
+
+first, third = importlib.import_module("1_supernet"), importlib.import_module("3_progressive")
+parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+parser.add_argument("--model", default="resnet18", help="a timm model name")
+parser.add_argument("--data-dir", default="data/shapes", help="folder with train/CLASS/* and val/CLASS/*")
+parser.add_argument("--img-size", default="32", help="input size in pixels")
+parser.add_argument("--batch-size", default="64", help="images per step")
+parser.add_argument("--workers", default="2", help="processes that load images")
+parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda")
+parser.add_argument("--amp", action="store_true", help="bfloat16 in all of them")
+parser.add_argument("--compile", action="store_true", help="compiled blocks in all of them")
+parser.add_argument("--rounds", type=int, default=5, help="epochs of each kind, in turn; one more goes before, uncounted")
+
+
+def plain_epoch(model, loader, args):
+    """Images/s of what a script without this project would do: forward, backward, step."""
+    training = Training(model, args, len(loader))  # only for the same optimiser, precision and compilation
+    model.train()
+    count, started = 0, time.time()
+    for step, (images, labels) in enumerate(loader):
+        with training.autocast():
+            loss = F.cross_entropy(model(images), labels)
+        training.optimizer.zero_grad()
+        loss.backward()
+        training.optimizer.step()
+        training.scheduler.step_update(step + 1)
+        count += len(images)
+    loss.item()  # waits for a GPU
+    return count / (time.time() - started)
+
+
+def main():
+    ours = parser.parse_args()
+    shared = ["--batch-size", ours.batch_size, "--workers", ours.workers, "--device", ours.device,
+              *(["--amp"] if ours.amp else []), *(["--compile"] if ours.compile else [])]
+    if ours.data_dir == "data/shapes":
+        first.draw_shapes(ours.data_dir)
+    args = first.parser.parse_args(["--model", ours.model, "--data-dir", ours.data_dir, "--img-size", ours.img_size, *shared])
+    device = pick_device(args.device)
+    spec = first.describe_data(args)
+    baseline, about, _ = first.build_baseline(args, len(spec["classes"]))
+    spec.update(about)
+    baseline.to(device, memory_format=torch.channels_last)
+    prunable = copy.deepcopy(baseline)
+    names = make_prunable(prunable)
+    loader = make_loader(spec, "train", args.batch_size, device, args.workers, augment=args)
+
+    def stage(module, *details):
+        log = []
+        module.train(copy.deepcopy(prunable), *details, lambda model: {"top1": 0.0, "top1_smallest": 0.0}, log)
+        return log[0]["images_per_s"]
+
+    def progressive(prune, distill):
+        flags = third.parser.parse_args(["--epochs", "1", "--transition", "0", "--distill", str(distill), *shared])
+        return stage(third, baseline.eval(), prune, loader, flags)
+
+    passes = 2 + args.random_subnets
+    kinds = {  # images/s, and the passes per step that count against it
+        "plain loop": (lambda: plain_epoch(copy.deepcopy(baseline), loader, args), 1),
+        "stage 3, λ = 0": (lambda: progressive([], 0), 1),
+        "stage 3, λ = 1, all pruned": (lambda: progressive(names, 0), 1),
+        "stage 3, λ = 1, with soft labels": (lambda: progressive(names, 0.5), 1),
+        f"stage 1, {passes} passes per step": (lambda: stage(first, names, loader, range(1), args), passes)}
+    speeds = {name: [] for name in kinds}
+    stdout, sys.stdout = sys.stdout, sys.stderr  # the stages' own lines
+    for _ in range(ours.rounds + 1):
+        for name, (measure, _) in kinds.items():
+            speeds[name].append(measure())
+    sys.stdout = stdout
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{ours.model} at {ours.img_size} px, {len(loader) * loader.loader.batch_size} images per epoch, batch"
+          f" {loader.loader.batch_size}, {machine}, torch {torch.__version__}"
+          + (", bfloat16" if ours.amp else "") + (", compiled" if ours.compile else ""))
+    for name, (_, passes) in kinds.items():
+        ratios = [speed * passes / plain for speed, plain in zip(speeds[name][1:], speeds["plain loop"][1:])]
+        print(f"{name:34} {statistics.median(speeds[name][1:]):8.0f} img/s   x passes / plain loop:"
+              f" {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+
+
+if __name__ == "__main__":
+    main()
