@@ -75,7 +75,7 @@ FIRST = ["--model", "test_convnext", "--img-size", 32, "--baseline-epochs", 2, "
 def test_first_stage_resumes_to_the_same_bits(pictures, tmp_path):
     flags = [*FIRST, "--data-dir", pictures]
     run_stage("1_supernet.py", *flags, "--out", "a/net.pt", cwd=tmp_path)
-    killed(["writing", 16, 14], "1_supernet.py", *flags, "--out", "b/net.pt", cwd=tmp_path)
+    killed(["writing", 16], "1_supernet.py", *flags, "--out", "b/net.pt", cwd=tmp_path)
     a, b = (blocks.read(tmp_path / x / "net.pt") for x in "ab")
     assert_same_bits(a, b)
     assert rows(tmp_path / "a/net.csv") == rows(tmp_path / "b/net.csv") and len(rows(tmp_path / "a/net.csv")) == 4
@@ -87,7 +87,7 @@ def test_third_stage_resumes_to_the_same_bits(runs, tmp_path):
     flags = ["--supernet", runs / "supernet.pt", "--subnet", runs / "subnet.json", "--epochs", 5, "--workers", 1, "--amp",
              "--batch-size", 32, "--clip-grad", 1, "--warmup", 0.1]
     run_stage("3_progressive.py", *flags, "--out", "a/net.pt", cwd=tmp_path)
-    killed([7, "writing", 8], "3_progressive.py", *flags, "--out", "b/net.pt", cwd=tmp_path)
+    killed([7, "writing"], "3_progressive.py", *flags, "--out", "b/net.pt", cwd=tmp_path)
     assert_same_bits(*(blocks.read(tmp_path / x / "net.pt") for x in "ab"))
     log = rows(tmp_path / "a/net.csv")
     assert log == rows(tmp_path / "b/net.csv") and [row["epoch"] for row in log] == list("12345")
@@ -98,7 +98,7 @@ def test_third_stage_resumes_to_the_same_bits(runs, tmp_path):
 def test_search_resumes_to_the_same_spec(runs, tmp_path):
     flags = ["--supernet", runs / "supernet.pt", "--macs", 0.99, "--population", 2, "--generations", 4, "--workers", 0]
     run_stage("2_search.py", *flags, "--out", "a.json", cwd=tmp_path)
-    killed(["writing", 2, 2], "2_search.py", *flags, "--out", "b.json", cwd=tmp_path)
+    killed(["writing", 4, 1], "2_search.py", *flags, "--out", "b.json", cwd=tmp_path)
     assert (tmp_path / "a.json").read_text() == (tmp_path / "b.json").read_text()
 
 
@@ -126,9 +126,10 @@ def test_resume_wants_the_same_flags(runs, monkeypatch, tmp_path, capsys):
 
 def test_several_processes_train_and_search_as_one(pictures, tmp_path):
     """A ViT has no BN while nothing is pruned: half the batch in each of two processes is the same step."""
-    def both(script, *args, batch=False):
-        for folder, command, size in (("one", [sys.executable], 32), ("two", [
-                sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], 16)):
+    def both(script, *args, batch=False, folders=("one", "two")):
+        for folder in folders:
+            command, size = {"one": ([sys.executable], 32), "two": ([
+                sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], 16)}[folder]
             (tmp_path / folder).mkdir(exist_ok=True)
             done = subprocess.run(
                 [*command, os.path.join(ROOT, script), *map(str, args), *(["--batch-size", str(size)] if batch else []),
@@ -156,7 +157,7 @@ def test_several_processes_train_and_search_as_one(pictures, tmp_path):
         assert abs(float(one["train_loss"]) - float(two["train_loss"])) < 1e-4
     # and with BN, mixed precision and the rest it runs
     (tmp_path / "two/runs/subnet.json").write_text(specs[0])
-    both("3_progressive.py", "--epochs", 1, "--amp", "--ema", 0.9, "--mixup", 0.2, batch=True)
+    both("3_progressive.py", "--epochs", 1, "--amp", "--ema", 0.9, "--mixup", 0.2, batch=True, folders=["two"])
 
 
 @one_network
