@@ -15,11 +15,10 @@ nothing. The table at the end times the file that was written, as it was read ba
 import argparse
 import copy
 import json
-import statistics
 
 import torch
 
-from blocks import (UserError, at_least, build, check_writable, cost, evaluate, load, load_baseline, make_loader,
+from blocks import (UserError, at_least, build, check_writable, cost, evaluate, latencies, load, load_baseline, make_loader,
                     make_prunable, merge, pick_device, print_table, read, replacing, run, save)
 
 parser = argparse.ArgumentParser(
@@ -58,20 +57,6 @@ def export(merged, spec, path):
     program = torch.export.export(merged, (images,), dynamic_shapes=({0: batch},), strict=False)
     about = {key: value for key, value in spec.items() if not isinstance(value, torch.Tensor)}
     torch.export.save(program, path, extra_files={"spec.json": json.dumps(about)})
-
-
-@torch.inference_mode()
-def latencies(models, images, rounds=5):
-    """Median seconds per forward pass of each model. They take turns, so that a busy moment of the machine hits all."""
-    from torch.utils import benchmark  # here, because it may print a warning about CUDA as it is imported
-
-    times = [[] for _ in models]
-    for _ in range(rounds):
-        for model, seconds in zip(models, times):
-            timer = benchmark.Timer("model(images)", globals={"model": model, "images": images},
-                                    num_threads=torch.get_num_threads())  # it would use one
-            seconds.append(timer.blocked_autorange(min_run_time=0.4).median)
-    return [statistics.median(seconds) for seconds in times]
 
 
 def main():

@@ -32,6 +32,7 @@ import json
 import math
 import os
 import random
+import statistics
 import sys
 import time
 import zlib
@@ -398,13 +399,13 @@ def merge(model):
 
 
 @torch.no_grad()
-def recalibrate(model, batches):
+def recalibrate(model, batches, leave=()):
     """Sets the statistics of every BN to the average over `batches` (an iterable of images), whatever they were before:
-    a subnet of shared weights has no statistics of its own. Leaves the model in eval mode.
+    a subnet of shared weights has no statistics of its own. Leaves the model in eval mode, and the BNs `leave` alone.
 
     Like torch.optim.swa_utils.update_bn, but only the BNs are in train mode: drop-path and dropout stay off."""
     model.eval()
-    norms = [(m, m.momentum) for m in model.modules() if isinstance(m, BatchNorm)]
+    norms = [(m, m.momentum) for m in model.modules() if isinstance(m, BatchNorm) and m not in leave]
     if not norms:
         return
     for bn, _ in norms:
@@ -425,6 +426,20 @@ def cost(model, input_size):
     with FlopCounterMode(display=False) as counter:
         model(torch.empty(1, *input_size, device="meta", dtype=next(model.parameters()).dtype))
     return {"params": sum(p.numel() for p in model.parameters()), "macs": counter.get_total_flops() // 2}
+
+
+@torch.inference_mode()
+def latencies(models, images, rounds=5):
+    """Median seconds per forward pass of each model. They take turns, so that a busy moment of the machine hits all."""
+    from torch.utils import benchmark  # here, because it may print a warning about CUDA as it is imported
+
+    times = [[] for _ in models]
+    for _ in range(rounds):
+        for model, seconds in zip(models, times):
+            timer = benchmark.Timer("model(images)", globals={"model": model, "images": images},
+                                    num_threads=torch.get_num_threads())  # it would use one
+            seconds.append(timer.blocked_autorange(min_run_time=0.4).median)
+    return [statistics.median(seconds) for seconds in times]
 
 
 # =====================================================================================================================

@@ -1,0 +1,116 @@
+"""How good is the search? Needs a supernet with few enough blocks to score every subnet of a size.
+
+    python tests/search_quality.py --supernet runs/supernet.pt --prune 6
+    python tests/search_quality.py --supernet runs/supernet.pt --train 12 --epochs 4     # and is its score the right one?
+
+The first scores all subnets with --prune blocks and ranks what the genetic search picks among them, beside random search
+with as many evaluations. --train runs stage 3 on random subnets and compares its top-1 with their scores in the supernet.
+"""
+import argparse
+import importlib
+import json
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+from latency import kendall
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+from blocks import build, evaluate, make_loader, prunable_blocks, read, recalibrate, set_subnet  # noqa: E402
+
+stage2 = importlib.import_module("2_search")
+parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+parser.add_argument("--supernet", default="runs/supernet.pt")
+parser.add_argument("--prune", type=int, default=6, help="blocks to prune")
+parser.add_argument("--population", type=int, default=16)
+parser.add_argument("--share", type=float, default=0.2, help="largest share of the space that a search may score")
+parser.add_argument("--seeds", type=int, default=5)
+parser.add_argument("--train", type=int, metavar="N", help="run stage 3 on N random subnets instead")
+parser.add_argument("--any-size", action="store_true", help="of any size instead of --prune")
+parser.add_argument("--epochs", default="4", help="of stage 3")
+parser.add_argument("--out", default="runs/ranking", help="folder for what stage 3 writes; goes on where it was stopped")
+
+
+def search_quality(args, score, blocks, from_scratch):
+    budget = stage2.make_budget("prune", args.prune, blocks, {}, {}, {})
+    space = sorted(budget[2](), key=stage2.running_order(blocks))
+    started = time.time()
+    table = {candidate: score(candidate) for candidate in space}
+    speeds = [len(space) / (time.time() - started)]
+    for function, some in ((score, random.Random(0).sample(space, 20)), (from_scratch, space[::len(space) // 20])):
+        started = time.time()
+        assert all(function(candidate) == table[candidate] for candidate in some)  # the same bits in any order
+        speeds.append(len(some) / (time.time() - started))
+    print(f"{len(space)} subnets of {args.prune} of {len(blocks)} blocks; subnets/s: all, sorted {speeds[0]:.2f}, at random"
+          f" {speeds[1]:.2f}; recalibrated and evaluated from scratch, images read again, {speeds[2]:.2f}")
+    ranked = sorted(space, key=lambda c: (table[c]["loss"], sorted(c)))
+    generations = int(args.share * len(space)) // args.population
+    print("seed  scored   rank of the search's pick   rank of random search's pick (mean of 100)")
+    for seed in range(args.seeds):
+        silence, sys.stdout = sys.stdout, open(os.devnull, "w", encoding="utf-8")
+        scores, exact = stage2.search(table.get, budget, blocks, args.population, generations, seed)
+        sys.stdout = silence
+        assert not exact
+        rank = ranked.index(min(scores, key=lambda c: (scores[c]["loss"], sorted(c)))) + 1
+        rng = random.Random(seed)
+        others = statistics.mean(min(map(ranked.index, rng.sample(space, len(scores)))) + 1 for _ in range(100))
+        print(f"{seed:4}  {len(scores):6}   {rank:4} (best {rank / len(space):.2%})   {others:.1f} ({others / len(space):.2%})", flush=True)
+    best, worst = table[ranked[0]], table[ranked[-1]]
+    print(f"loss from {best['loss']:.4f} to {worst['loss']:.4f}, top-1 of those {best['top1']:.2f} and {worst['top1']:.2f} %")
+
+
+def ranking(args, score, blocks, spec):
+    rng, rows = random.Random(0), []
+    os.makedirs(args.out, exist_ok=True)
+    for i in range(args.train):
+        size = rng.randint(1, len(blocks)) if args.any_size else args.prune
+        prune = sorted(rng.sample(blocks, size), key=blocks.index)
+        path = os.path.join(args.out, f"{'any' if args.any_size else size}-{i}")
+        with open(path + ".json", "w", encoding="utf-8") as file:
+            json.dump({"format": 1, "model": spec["model"], "prune": prune}, file)
+        subprocess.run([sys.executable, os.path.join(ROOT, "3_progressive.py"), "--supernet", args.supernet, "--subnet",
+                        path + ".json", "--epochs", args.epochs, "--workers", "1", "--resume", "--out", path + ".pt"], check=True)
+        top1, result = read(path + ".pt")["subnet"]["top1"], score(frozenset(prune))
+        rows.append((result["loss"], result["top1"], top1))
+        print(f"{i:3}  {size:2} pruned   supernet: loss {result['loss']:.4f}, top-1 {result['top1']:.2f} %   after stage 3 {top1:.2f} %"
+              f"   {' '.join(prune)}", flush=True)
+    tau = kendall([-row[0] for row in rows], [row[2] for row in rows])
+    n = len(rows)
+    print(f"Kendall's tau of -loss in the supernet and top-1 after {args.epochs} epochs of stage 3: {tau:.2f}, {n} subnets"
+          f" (standard deviation if there were no relation: {math.sqrt(2 * (2 * n + 5) / (9 * n * (n - 1))):.2f})")
+
+
+def main():
+    args = parser.parse_args()
+    spec = read(args.supernet, "supernet")
+    model = build(spec)
+    model.load_state_dict(spec["state_dict"])
+    model.to(memory_format=torch.channels_last)
+    blocks = list(prunable_blocks(model))
+
+    def images(part, limit):  # as stage 2 does by default
+        return list(make_loader(spec, part, 128, "cpu", limit=limit))
+
+    plain = build(spec).to(memory_format=torch.channels_last)
+    plain.load_state_dict(spec["state_dict"])
+
+    def from_scratch(candidate):
+        set_subnet(plain, candidate)
+        recalibrate(plain, [batch for batch, _ in images("train", 512)])
+        return evaluate(plain, images("holdout", 2000))
+
+    score = stage2.make_score(model, blocks, [batch for batch, _ in images("train", 512)], images("holdout", 2000))
+    if args.train:
+        ranking(args, score, blocks, spec)
+    else:
+        search_quality(args, score, blocks, from_scratch)
+
+
+if __name__ == "__main__":
+    main()

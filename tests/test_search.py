@@ -1,0 +1,138 @@
+"""Stage 2: budgets, scores, latencies."""
+import csv
+import importlib
+import itertools
+import json
+import random
+
+import pytest
+import timm
+import torch
+from conftest import one_network, stage
+
+import blocks
+from blocks import UserError, evaluate, make_prunable, prunable_blocks, recalibrate, set_subnet
+
+search_script = importlib.import_module("2_search")
+NAMES = list("abcdef")
+SAVINGS = {name: {"macs": 10 + i, "params": value} for i, (name, value) in enumerate(zip(NAMES, (12, -9, 7, 0, 8, 5)))}
+WHOLE = {"macs": 100, "params": 100}
+
+
+@pytest.mark.parametrize("kind, value", [("prune", 3), ("macs", 0.5), ("params", 0.7), ("params", 0.68), ("params", 1.0),
+                                         ("macs", 0.25)])
+def test_budgets(kind, value):
+    fits, repair, every = search_script.make_budget(kind, value, NAMES, WHOLE, WHOLE, SAVINGS)
+    subsets = [frozenset(c) for k in range(7) for c in itertools.combinations(NAMES, k)]
+    right = {c for c in subsets if (len(c) == value if kind == "prune" else
+                                    WHOLE[kind] - sum(SAVINGS[name][kind] for name in c) <= value * WHOLE[kind])}
+    assert {c for c in subsets if fits(c)} == right
+    listed = list(every())
+    assert len(listed) == len(right) and set(listed) == right
+    rng = random.Random(0)
+    for _ in range(200):
+        assert repair([name for name in NAMES if rng.random() < 0.5], rng) in right
+    for candidate in right:
+        assert repair(candidate, rng) == candidate
+
+
+def test_a_budget_that_nothing_meets():
+    with pytest.raises(UserError, match="the cheapest subnet has 0.6800 of the baseline's params, the dearest 1.0900"):
+        search_script.make_budget("params", 0.67, NAMES, WHOLE, WHOLE, SAVINGS)
+
+
+def made_up(candidate):
+    """Losses for NAMES with interactions between neighbours."""
+    chosen = [name in candidate for name in NAMES]
+    return {"loss": sum(c * (i + 1) for i, c in enumerate(chosen)) + 3 * sum(a and b for a, b in zip(chosen, chosen[1:])),
+            "top1": 0.0}
+
+
+def test_a_small_space_is_scored_completely(capsys):
+    budget = search_script.make_budget("prune", 3, NAMES, WHOLE, WHOLE, SAVINGS)
+    scores, exact = search_script.search(made_up, budget, NAMES, 6, 4, 0)
+    assert exact and len(scores) == 20 and min(scores, key=lambda c: scores[c]["loss"]) == frozenset("ace")
+    assert "20 subnets keep to the budget: scoring all of them" in capsys.readouterr().out
+    scores, exact = search_script.search(made_up, budget, NAMES, 4, 3, 0)
+    assert not exact and len(scores) == 12 and all(len(c) == 3 for c in scores)
+    front = search_script.pareto({c: made_up(c) for k in range(4) for c in map(frozenset, itertools.combinations(NAMES, k))},
+                                 lambda c: -len(c))
+    assert front == [frozenset(), frozenset("a"), frozenset("ac"), frozenset("ace")]
+
+
+@pytest.mark.parametrize("fits_in_memory", [True, False])
+@pytest.mark.parametrize("name", ["test_resnet", "mobilenetv2_035", "test_convnext", "test_vit"])
+def test_scores_are_the_same_bits_in_any_order(name, fits_in_memory, monkeypatch):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=4, **({"img_size": 32} if name == "test_vit" else {}))
+    names = make_prunable(model)
+    calibration = [torch.randn(4, 3, 32, 32) for _ in range(2)]
+    held_out = [(torch.randn(4, 3, 32, 32), torch.randint(4, (4,))) for _ in range(2)]
+    rng = random.Random(0)
+    candidates = [frozenset(n for n in names if rng.random() < 0.5) for _ in range(8)]
+    candidates += candidates[-2:] + [frozenset(), frozenset(), frozenset(names)]
+
+    def from_scratch(candidate):
+        set_subnet(model, candidate)
+        recalibrate(model, calibration)
+        return evaluate(model, held_out)
+
+    right = {c: from_scratch(c) for c in candidates}
+    if not fits_in_memory:
+        monkeypatch.setattr(blocks.Images, "in_memory", 1)
+    score = search_script.make_score(model, names, calibration, held_out)
+    for order in (candidates, candidates[::-1], sorted(candidates, key=search_script.running_order(names))):
+        for candidate in order:
+            assert score(candidate) == right[candidate]
+
+
+def test_blocks_that_are_the_same_do_not_run_again():
+    model = timm.create_model("test_convnext", num_classes=4)
+    names = make_prunable(model)
+    calls = []
+    for name, block in prunable_blocks(model).items():
+        block.conv_dw.register_forward_hook(lambda *_, name=name: calls.append(name))
+    images = torch.randn(4, 3, 32, 32)
+    score = search_script.make_score(model, names, [images], [(images, torch.zeros(4, dtype=torch.long))])
+    score(names[:2])
+    calls.clear()
+    score(names[:3])
+    assert calls == 2 * names[2:]
+
+
+@one_network
+def test_several_sizes_and_specs_of_ones_own(runs, monkeypatch, tmp_path, capsys):
+    flags = ["--supernet", runs / "supernet.pt", "--workers", 0]
+    assert stage(monkeypatch, "2_search.py", *flags, "--prune", 1, 2, 3, "--out", tmp_path / "net.json") is None
+    specs = [json.loads((tmp_path / f"net-{k}.json").read_text()) for k in (1, 2, 3)]
+    assert [len(spec["prune"]) for spec in specs] == [1, 2, 3] and all(spec["search"]["optimum"] for spec in specs)
+    best = specs[2]["search"]["best_of_each_size"]
+    assert {size: len(subnets) for size, subnets in best.items()} == {"1": 3, "2": 3, "3": 1}
+    for spec, size in zip(specs, "123"):
+        assert best[size][0]["prune"] == spec["prune"] and best[size][0]["loss"] == spec["search"]["loss"]
+    with open(tmp_path / "net.search.csv", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == 7 and set(table[0]) == {"prune", "blocks", "loss", "top1", "params", "macs"}
+    assert {row["prune"]: int(row["macs"]) for row in table}[" ".join(specs[1]["prune"])] == specs[1]["merged"]["macs"]
+    capsys.readouterr()
+    assert stage(monkeypatch, "2_search.py", *flags, "--score", tmp_path / "net-2.json") is None
+    assert f"{specs[1]['search']['loss']:.4f}" in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("runs", ["mobilenetv2_035", "test_vit"], indirect=True)
+def test_latency_is_measured_once(runs, monkeypatch, tmp_path, capsys):
+    flags = ["--supernet", runs / "supernet.pt", "--workers", 0, "--latency-batch", 2, "--population", 3, "--generations", 1,
+             "--out", tmp_path / "net.json"]
+    assert stage(monkeypatch, "2_search.py", *flags, "--latency", 0.95) is None
+    first, spec = (json.loads((tmp_path / name).read_text()) for name in ("latency.json", "net.json"))
+    assert spec["merged"]["latency"] <= 0.95 * spec["baseline"]["latency"]
+    assert set(spec["search"]["timed_latency"]) == {"baseline", "merged"}
+    assert "latencies of the blocks measured" in capsys.readouterr().out
+    assert list(first["baseline"]) == list(first["merged"]) == list(blocks.prunable_blocks(blocks.load(runs / "supernet.pt")[0]))
+    assert stage(monkeypatch, "2_search.py", *flags, "--latency", 0.9) is None
+    assert "latencies of the blocks from" in capsys.readouterr().out
+    said = stage(monkeypatch, "2_search.py", *flags, "--latency", 0.01)
+    assert said.startswith("error: --latency 0.01: the cheapest subnet has ")
+    (tmp_path / "latency.json").write_text(json.dumps({**first, "threads": 77}))
+    assert stage(monkeypatch, "2_search.py", *flags, "--latency", 0.95) is None
+    assert "latencies of the blocks measured" in capsys.readouterr().out
