@@ -265,8 +265,8 @@ def share_out(work, items):
 
 def search(score, budget, blocks, population, generations, seed, scores=None, first=0, keep=None):
     """Genetic search for the set of blocks within `budget` that has the lowest loss; exhaustive where no more subnets fit
-    than population x generations. Returns {candidate: {"loss", "top1"}} with all that was scored, and whether that is all
-    that fit.
+    than population x generations. Returns {candidate: {"loss", "top1", "generation"}} with all that was scored, and whether
+    that is all that fit.
 
     scores: what is known already, also from other budgets. keep(generation, scores) saves what `first` goes on from."""
     scores = {} if scores is None else scores
@@ -302,7 +302,8 @@ def search(score, budget, blocks, population, generations, seed, scores=None, fi
             if child not in scores:
                 fresh.add(child)
         fresh = sorted(fresh, key=running_order(blocks))
-        scores.update(zip(fresh, share_out(work, fresh)))
+        for child, result in zip(fresh, share_out(work, fresh)):
+            scores[child] = {**result, "generation": generation + 1}
         best = min((scores[c] for c in scores if fits(c)), key=lambda s: s["loss"])
         bar.set_postfix(loss=f"{best['loss']:.3f}", refresh=False)
         if keep:
@@ -326,14 +327,16 @@ def main():
     args = parser.parse_args()
     device = pick_device(args.device)
     check_writable(args.out)
+    kind = next((kind for kind in ("macs", "params", "latency") if getattr(args, kind)), "prune")
+    values, (root, ending) = getattr(args, kind), os.path.splitext(args.out)
+    paths = [f"{root}-{value:g}{ending}" for value in values] if values and len(values) > 1 else [args.out]
     spec = read(args.supernet, "supernet")
     flags = describe_run(args, "supernet")
-    state = None if args.score else read_state(args, flags)
+    state = None if args.score else read_state(args, flags, paths[-1])
     spec["data_dir"] = args.data_dir or spec["data_dir"]
     model = build(spec)
     blocks = list(prunable_blocks(model))
     whole, savings = block_savings(build(spec), blocks, spec["input_size"])
-    root, ending = os.path.splitext(args.out)
     if args.latency:
         table = latency_table(os.path.join(os.path.dirname(args.out), "latency.json"), spec, model, blocks,
                               args.latency_batch, device)
@@ -341,8 +344,7 @@ def main():
         for name in blocks:
             savings[name]["latency"] = table["baseline"][name] - table["merged"][name]
     baseline = {**whole, **{key: spec["baseline"][key] for key in ("params", "macs")}}
-    kind = next((kind for kind in ("macs", "params", "latency") if getattr(args, kind)), "prune")
-    values = getattr(args, kind) or [len(blocks) // 2]
+    values = values or [len(blocks) // 2]
     budgets = [make_budget(kind, value, blocks, baseline, whole, savings) for value in ([] if args.score else values)]
     specs = [(path, read_json(path)["prune"]) for path in args.score or ()]
     for _, prune in specs:
@@ -357,6 +359,9 @@ def main():
 
     def merged_cost(candidate):
         return {key: whole[key] - sum(savings[name][key] for name in blocks if name in candidate) for key in whole}
+
+    def named(candidate):
+        return " ".join(name for name in blocks if name in candidate)
 
     def row(name, c, s):
         return (name, f"{c['params'] / 1e6:.3f}", f"{c['macs'] / 1e6:.1f}",
@@ -380,8 +385,8 @@ def main():
             print(f"--{kind} {values[number]:g}")
 
         def keep(generation, scores):
-            save_csv([{"prune": " ".join(name for name in blocks if name in c), "blocks": len(c), **s, **merged_cost(c)}
-                      for c, s in scores.items()], f"{root}.search.csv")
+            save_csv([{"prune": named(c), "blocks": len(c), **s, **merged_cost(c)} for c, s in scores.items()],
+                     f"{root}.search.csv")
             save({"stage": "unfinished run", "flags": flags, "budget": number, "generation": generation,
                   "scores": [(sorted(candidate), result) for candidate, result in scores.items()]}, args.out + ".last")
 
@@ -391,10 +396,9 @@ def main():
         ranked = sorted(scores, key=lambda c: (scores[c]["loss"], sorted(c)))
         best = next(filter(budgets[number][0], ranked))
         prune, merged = [name for name in blocks if name in best], merged_cost(best)
-        sizes = {size: [c for c in ranked if len(c) == size][:3] for size in sorted(set(map(len, ranked)))}
-        path = args.out if len(values) == 1 else f"{root}-{values[number]:g}{ending}"
         result = {**scores[best], "evaluated": len(scores), "seed": args.seed, "optimum": exact, "best_of_each_size": {
-            size: [{"prune": [name for name in blocks if name in c], **scores[c]} for c in best] for size, best in sizes.items()}}
+            size: [{"prune": named(c), **scores[c]} for c in ranked if len(c) == size][:3]
+            for size in sorted(set(map(len, ranked)))}}
         timed = ""
         if args.latency:
             images = torch.randn(args.latency_batch, *spec["input_size"], device=device).to(memory_format=torch.channels_last)
@@ -404,11 +408,11 @@ def main():
                      f" itself {seconds[1] / seconds[0]:.3f}")
         save_json({"format": 1, "model": spec["model"], "model_args": spec["model_args"], "input_size": spec["input_size"],
                    "prune": prune, "end_act": spec["end_act"], "baseline": baseline, "merged": merged,
-                   "search": result, "flags": flags}, path)
+                   "search": result, "flags": flags}, paths[number])
         print(f"\nprune {len(prune)} of {len(blocks)} blocks: {' '.join(prune)}"
               + ("\nthe best of all that keep to the budget" if exact else "") + timed + "\n")
         print_table(header, ends[:2] + [row("this subnet, merged", merged, scores[best])] + ends[2:])
-        print(f"\nwrote {path}\n")
+        print(f"\nwrote {paths[number]}\n")
     remove_state(args)
     price = "macs" if kind == "prune" else kind
     front = pareto(scores, lambda c: merged_cost(c)[price])

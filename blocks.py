@@ -450,14 +450,13 @@ def run(main):
     """Runs a stage; a mistake the user can mend ends it with one `error:` line and exit status 1."""
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except (UserError, OSError) as error:
         # an error from a loader's worker process arrives with that worker's traceback: its last line says what it is
         sys.exit("error: " + (str(error).strip().splitlines() or [repr(error)])[-1].removeprefix("blocks.UserError: "))
     except KeyboardInterrupt:
         sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def at_least(low, kind=int, high=float("inf")):
@@ -592,9 +591,10 @@ def describe_run(args, *inputs, **more):
     return {name: str(value) for name, value in flags.items() if name not in ("resume", "device", "workers", "out")}
 
 
-def read_state(args, flags):
+def read_state(args, flags, out=None):
     """What a run that was stopped left in OUT.last, or None where there is nothing to go on from. Ends the program where
-    OUT is finished already; UserError where OUT.last was made with other flags."""
+    OUT (or `out`, the last that the stage writes) is finished already; UserError where OUT.last was made with other flags."""
+    out = out or args.out
     path = args.out + ".last"
     if not args.resume:
         if os.path.exists(path):
@@ -607,10 +607,10 @@ def read_state(args, flags):
                 f"{name} {state['flags'].get(name)}, now {flags[name]}" for name in changed)
                 + ". Give the same ones, or leave out --resume to start again")
         return state
-    elif os.path.exists(args.out):
+    elif os.path.exists(out):
         with contextlib.suppress(UserError):
-            if (read_json if args.out.endswith(".json") else read)(args.out).get("flags") == flags:
-                print(f"{args.out} is finished, and was made with these flags: nothing to do")
+            if (read_json if out.endswith(".json") else read)(out).get("flags") == flags:
+                print(f"{out} is finished, and was made with these flags: nothing to do")
                 sys.exit()
     return None
 
@@ -823,7 +823,7 @@ def evaluate(model, batches, shared=False):
 
 def add_training_flags(parser, lr, warmup):
     """Flags of both stages that train, with timm's names where timm has them."""
-    parser.add_argument("--batch-size", type=at_least(1), default=64, help="images per step; under torchrun, per process")
+    parser.add_argument("--batch-size", type=at_least(2), default=64, help="images per step; under torchrun, per process")
     parser.add_argument("--lr", type=at_least(0, float), default=lr, help="peak learning rate")
     parser.add_argument("--warmup", type=fraction, default=warmup, metavar="R",
                         help="share of the steps while the rate rises to --lr from a tenth of it; falls to 0 by a cosine later")
@@ -904,7 +904,8 @@ class Training:
 
     def end_epoch(self):
         """Every process has BN statistics of its own images: all get their average."""
-        average([buffer for part in (self.model, self.result) for buffer in part.buffers() if buffer.is_floating_point()])
+        parts = [self.model, self.ema.module] if self.ema else [self.model]
+        average([buffer for part in parts for buffer in part.buffers() if buffer.is_floating_point()])
 
     def parts(self):
         return {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler,

@@ -80,10 +80,10 @@ def ranking(args, score, blocks, spec):
         rows.append((result["loss"], result["top1"], top1))
         print(f"{i:3}  {size:2} pruned   supernet: loss {result['loss']:.4f}, top-1 {result['top1']:.2f} %   after stage 3 {top1:.2f} %"
               f"   {' '.join(prune)}", flush=True)
-    tau = kendall([-row[0] for row in rows], [row[2] for row in rows])
-    n = len(rows)
-    print(f"Kendall's tau of -loss in the supernet and top-1 after {args.epochs} epochs of stage 3: {tau:.2f}, {n} subnets"
-          f" (standard deviation if there were no relation: {math.sqrt(2 * (2 * n + 5) / (9 * n * (n - 1))):.2f})")
+    n, (losses, top1s, trained) = len(rows), zip(*rows)
+    print(f"Kendall's tau with top-1 after {args.epochs} epochs of stage 3, {n} subnets: of the supernet's loss"
+          f" {-kendall(losses, trained):.2f}, of its top-1 {kendall(top1s, trained):.2f} (standard deviation if there were no"
+          f" relation: {math.sqrt(2 * (2 * n + 5) / (9 * n * (n - 1))):.2f})")
 
 
 def main():

@@ -109,10 +109,10 @@ def test_several_sizes_and_specs_of_ones_own(runs, monkeypatch, tmp_path, capsys
     best = specs[2]["search"]["best_of_each_size"]
     assert {size: len(subnets) for size, subnets in best.items()} == {"1": 3, "2": 3, "3": 1}
     for spec, size in zip(specs, "123"):
-        assert best[size][0]["prune"] == spec["prune"] and best[size][0]["loss"] == spec["search"]["loss"]
+        assert best[size][0]["prune"].split() == spec["prune"] and best[size][0]["loss"] == spec["search"]["loss"]
     with open(tmp_path / "net.search.csv", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
-    assert len(table) == 7 and set(table[0]) == {"prune", "blocks", "loss", "top1", "params", "macs"}
+    assert len(table) == 7 and set(table[0]) == {"prune", "blocks", "loss", "top1", "generation", "params", "macs"}
     assert {row["prune"]: int(row["macs"]) for row in table}[" ".join(specs[1]["prune"])] == specs[1]["merged"]["macs"]
     capsys.readouterr()
     assert stage(monkeypatch, "2_search.py", *flags, "--score", tmp_path / "net-2.json") is None
