@@ -80,7 +80,7 @@ def merged_on(model, pruned, device):
 
 
 @torch.inference_mode()
-def measure_blocks(model, blocks, images, pairs=4, rounds=3, runs=5):
+def measure_blocks(model, blocks, images, pairs=4, rounds=3):
     """Median seconds of each block, baseline and merged, and of all the rest, in merged networks on `images`.
 
     Each block is timed where it stands, behind and before what it really meets, in both its forms: in the network with
@@ -98,29 +98,40 @@ def measure_blocks(model, blocks, images, pairs=4, rounds=3, runs=5):
     def seconds(start, end):
         return start.elapsed_time(end) / 1e3 if cuda else end - start
 
+    def timed(network):
+        start = stamp()
+        network(images)
+        end = stamp()
+        if cuda:
+            torch.cuda.synchronize()
+        return seconds(start, end)
+
     subnets = [set()] + [{name for name in blocks if rng.random() < 0.5} for _ in range(pairs - 1)]
     subnets += [set(blocks) - subnet for subnet in subnets]
-    times, rest = {(name, pruned): [] for name in blocks for pruned in (False, True)}, []
+    times, totals = {(name, pruned): [] for name in blocks for pruned in (False, True)}, []
     for subnet in progress_bar(subnets * rounds, "latency", unit="subnet"):
-        network, stamps = merged_on(model, subnet, images.device), []
+        network, stamps, spent = merged_on(model, subnet, images.device), [], []
+        warm = min(timed(network) for _ in range(3))
+        runs = max(5, round(0.3 / warm))
+        totals.append(statistics.median(timed(network) for _ in range(runs)))
         for name in blocks:
             module = network.get_submodule(name)
             module.register_forward_pre_hook(lambda *_: stamps.append(stamp()))
             module.register_forward_hook(lambda *_: stamps.append(stamp()))
-        for i in range(-2, runs):  # two to warm up
+        for _ in range(runs):
             stamps.clear()
-            start = stamp()
-            network(images)
-            end = stamp()
-            if cuda:
-                torch.cuda.synchronize()
-            if i >= 0:
-                spent = [seconds(*pair) for pair in zip(stamps[::2], stamps[1::2])]
-                for name, t in zip(blocks, spent):
-                    times[name, name in subnet].append(t)
-                rest.append(seconds(start, end) - sum(spent))
-    return {"baseline": {name: statistics.median(times[name, False]) for name in blocks},
-            "merged": {name: statistics.median(times[name, True]) for name in blocks}, "rest": statistics.median(rest)}
+            timed(network)
+            spent.append([seconds(*pair) for pair in zip(stamps[::2], stamps[1::2])])
+        spent = [statistics.median(column) for column in zip(*spent)]
+        for name, t in zip(blocks, spent):
+            times[name, name in subnet].append(t)
+    # A smaller network keeps more of itself in the cache: all its parts are faster than in a large one, and hooks cost time
+    # too. A straight line from the blocks' sums to the networks' totals takes account of both, and leaves the costs additive.
+    times = {key: statistics.median(values) for key, values in times.items()}
+    sums = [sum(times[name, name in subnet] for name in blocks) for subnet in subnets] * rounds
+    slope, rest = statistics.linear_regression(sums, totals)
+    return {"baseline": {name: slope * times[name, False] for name in blocks},
+            "merged": {name: slope * times[name, True] for name in blocks}, "rest": rest}
 
 
 def latency_table(path, spec, model, blocks, batch, device):
@@ -213,14 +224,17 @@ def make_score(model, blocks, calibration, held_out):
     The first blocks that are as they were in the candidate before do not run again: what they gave is kept, if it fits in
     memory. It is the same, bit for bit, and faster where candidates come sorted by `running_order`."""
     modules = prunable_blocks(model)
-    kept, before, same, batch = [{} for _ in blocks], None, 0, 0  # per block {number of the batch: its output}
+    kept, room, before, same, batch = {}, Images.in_memory, None, 0, 0  # {(block, number of the batch): the block's output}
 
     def remember(i, forward, x, **kwargs):
+        nonlocal kept, room
         if i < same:
-            return kept[i][batch]
+            return kept[i, batch]
         y = forward(x, **kwargs)
         if kept is not None:
-            kept[i][batch] = y
+            room -= y.nbytes if (i, batch) not in kept else 0
+            kept[i, batch] = y
+            kept = kept if room >= 0 else None
         return y
 
     def numbered(batches, start):
@@ -232,7 +246,7 @@ def make_score(model, blocks, calibration, held_out):
         module.forward = functools.partial(remember, i, module.forward)
 
     def score(candidate):
-        nonlocal kept, before, same
+        nonlocal before, same
         forms, same = [name in candidate for name in blocks], 0
         if kept is not None and before is not None:
             same = next((i for i, pair in enumerate(zip(forms, before)) if pair[0] != pair[1]), len(blocks))
@@ -240,10 +254,7 @@ def make_score(model, blocks, calibration, held_out):
         set_subnet(model, candidate)
         still = [m for module in list(modules.values())[:same] for m in module.modules() if isinstance(m, BatchNorm)]
         recalibrate(model, numbered(calibration, 0), still)
-        result = evaluate(model, numbered(held_out, len(calibration)))
-        if kept is not None and sum(y.nbytes for outputs in kept for y in outputs.values()) > Images.in_memory:
-            kept, same = None, 0
-        return result
+        return evaluate(model, numbered(held_out, len(calibration)))
     return score
 
 

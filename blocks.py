@@ -568,7 +568,7 @@ def save_csv(rows, path):
 
 
 def read(path, *stages):
-    """The dict that one of `stages` saved: "supernet", "subnet" or "merged" (none named: any)."""
+    """The dict that one of `stages` saved: "supernet", "subnet", "merged", "unfinished run" (none named: any)."""
     if not os.path.isfile(path):
         raise UserError(f"{path} does not exist: run the stage before this one, or name its file")
     try:
@@ -658,7 +658,7 @@ def build(spec):
 def load(path, device="cpu"):
     """Opens any stage's checkpoint. Returns (model in eval mode, spec): spec is the checkpoint without its weights, with
     "stage", "model", "model_args", "input_size" (C, H, W), "mean", "std", "classes", and "prune" once it is chosen."""
-    checkpoint = read(path)
+    checkpoint = read(path, "supernet", "subnet", "merged")
     model = build(checkpoint)
     model.load_state_dict(checkpoint["state_dict"])
     spec = {key: value for key, value in checkpoint.items() if not key.endswith("state_dict")}
