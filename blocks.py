@@ -846,6 +846,9 @@ def add_training_flags(parser, lr, warmup):
     parser.add_argument("--resume", action="store_true", help="go on from OUT.last, which every epoch renews, if it is there")
 
 
+NOT_FINITE = ". Try a lower --lr, --clip-grad 1 or no --amp; OUT.last keeps the last epoch that was well"
+
+
 class Training:
     """All that changes while a model trains: weights, optimiser, learning rate, loss scale, averaged weights.
 
@@ -903,7 +906,10 @@ class Training:
             self.ema.update(self.model, step)
 
     def end_epoch(self):
-        """Every process has BN statistics of its own images: all get their average."""
+        """Before the epoch's state is saved. Every process has BN statistics of its own images: all get their average.
+        UserError where a step (the last one, or a smaller subnet's pass) has spoilt the weights."""
+        if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
+            raise UserError("weights are not finite at the end of the epoch" + NOT_FINITE)
         parts = [self.model, self.ema.module] if self.ema else [self.model]
         average([buffer for part in parts for buffer in part.buffers() if buffer.is_floating_point()])
 
@@ -956,7 +962,7 @@ class Epoch:
             loss, where = self.waiting[0].item(), self.waiting[1]
             if not math.isfinite(loss):
                 raise UserError(f"the loss is {loss} at " + ", ".join(f"{key} {value:g}" for key, value in where.items())
-                                + ". Try a lower --lr, --clip-grad 1 or no --amp; OUT.last keeps the last whole epoch")
+                                + NOT_FINITE)
             self.sum, self.count = self.sum + loss, self.count + 1
             self.bar.update(self.images)
             self.bar.set_postfix(loss=f"{self.sum / self.count:.3f}", refresh=False)

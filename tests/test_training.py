@@ -228,6 +228,14 @@ def blocks_args(**flags):
     return argparse.Namespace(**{**vars(parser.parse_args([])), **flags})
 
 
+def test_spoilt_weights_are_not_saved():
+    training = Training(torch.nn.Linear(2, 2), blocks_args(), steps=2)
+    training.end_epoch()
+    training.model.weight.data[0, 0] = float("inf")
+    with pytest.raises(blocks.UserError, match="weights are not finite"):
+        training.end_epoch()
+
+
 def test_learning_rate_rises_holds_and_falls():
     training = Training(torch.nn.Linear(2, 2), blocks_args(lr=1.0), steps=100, hold=0.5)
     rates = [training.start(step) for step in range(100)]
