@@ -77,12 +77,12 @@ def ranking(args, score, blocks, spec):
         subprocess.run([sys.executable, os.path.join(ROOT, "3_progressive.py"), "--supernet", args.supernet, "--subnet",
                         path + ".json", "--epochs", args.epochs, "--workers", "1", "--resume", "--out", path + ".pt"], check=True)
         top1, result = read(path + ".pt")["subnet"]["top1"], score(frozenset(prune))
-        rows.append((result["loss"], result["top1"], top1))
+        rows.append((result["loss"], result["top1"], top1, size))
         print(f"{i:3}  {size:2} pruned   supernet: loss {result['loss']:.4f}, top-1 {result['top1']:.2f} %   after stage 3 {top1:.2f} %"
               f"   {' '.join(prune)}", flush=True)
-    n, (losses, top1s, trained) = len(rows), zip(*rows)
+    n, (losses, top1s, trained, sizes) = len(rows), zip(*rows)
     print(f"Kendall's tau with top-1 after {args.epochs} epochs of stage 3, {n} subnets: of the supernet's loss"
-          f" {-kendall(losses, trained):.2f}, of its top-1 {kendall(top1s, trained):.2f} (standard deviation if there were no"
+          f" {-kendall(losses, trained):.2f}, of its top-1 {kendall(top1s, trained):.2f}, of the number of blocks kept {-kendall(sizes, trained):.2f} (standard deviation if there were no"
           f" relation: {math.sqrt(2 * (2 * n + 5) / (9 * n * (n - 1))):.2f})")
 
 
