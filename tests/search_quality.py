@@ -82,7 +82,8 @@ def ranking(args, score, blocks, spec):
               f"   {' '.join(prune)}", flush=True)
     n, (losses, top1s, trained, sizes) = len(rows), zip(*rows)
     print(f"Kendall's tau with top-1 after {args.epochs} epochs of stage 3, {n} subnets: of the supernet's loss"
-          f" {-kendall(losses, trained):.2f}, of its top-1 {kendall(top1s, trained):.2f}, of the number of blocks kept {-kendall(sizes, trained):.2f} (standard deviation if there were no"
+          f" {-kendall(losses, trained):.2f}, of its top-1 {kendall(top1s, trained):.2f},"
+          f" of the number of blocks kept {-kendall(sizes, trained):.2f} (standard deviation if there were no"
           f" relation: {math.sqrt(2 * (2 * n + 5) / (9 * n * (n - 1))):.2f})")
 
 
