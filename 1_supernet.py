@@ -5,7 +5,7 @@ Writes runs/supernet.pt: the supernet's weights, the baseline's own weights and 
 to know: model, classes, image size, normalisation, where the images are, which of them are held back. Beside it,
 runs/supernet.csv has a row per epoch, and while the stage runs, runs/supernet.pt.last is what --resume goes on from.
 
-    python 1_supernet.py                                        # small drawn pictures, no download, about a minute
+    python 1_supernet.py                                        # small drawn pictures, no download, about two minutes
     python 1_supernet.py --data-dir cifar10 --img-size 32 --model mobilenetv2_100 --baseline-epochs 30 --epochs 10
     python 1_supernet.py --data-dir imagenet --model convnext_tiny.fb_in1k --pretrained --epochs 20 --lr 1e-4
     python 1_supernet.py --data-dir cifar10 --model deit_tiny_patch16_224 --model-kwargs patch_size=4 img_size=32
@@ -30,9 +30,9 @@ from PIL import Image, ImageDraw
 from timm.utils import ParseKwargs, random_seed
 
 from blocks import (Epoch, Training, UserError, add_training_flags, at_least, check_writable, cost, create_model,
-                    describe_run, evaluate, first_process_first, fraction, make_loader, make_mixup, make_prunable, merge,
-                    open_dataset, pick_device, print_table, print_best, processes, prunable_blocks, read_state, recalibrate,
-                    remove_state, run, save, save_csv, set_subnet)
+                    describe_run, evaluate, first_process_first, fraction, label_loss, make_loader, make_mixup, make_prunable,
+                    merge, open_dataset, pick_device, print_best, print_table, processes, prunable_blocks, read_state,
+                    recalibrate, remove_state, run, save, save_csv, save_state, set_subnet)
 
 parser = argparse.ArgumentParser(
     description="Stage 1 of 4: trains a supernet of baseline and pruned blocks.",
@@ -183,11 +183,9 @@ def train(model, blocks, loader, epochs, args, report, log, keep=None, state=Non
         training.load_state_dict(state["training"])
         first, result = state["epoch"], state["result"]
     for epoch in range(first, epochs.stop):
-        random_seed(1000 * args.seed + epoch, processes()[0])  # nothing depends on what was drawn in earlier epochs
-        loader.sampler.set_epoch(epoch)
         rng = random.Random(f"{args.seed}/{epoch}")
         phase, number = "supernet" if blocks else "baseline", epoch - epochs.start + 1
-        progress = Epoch(f"{phase} {number}/{len(epochs)}", loader)
+        progress = Epoch(f"{phase} {number}/{len(epochs)}", loader, args.seed, epoch)
         model.train()
         for step, (images, labels) in enumerate(loader, (number - 1) * len(loader)):
             lr = training.start(step)
@@ -195,8 +193,7 @@ def train(model, blocks, loader, epochs, args, report, log, keep=None, state=Non
             set_subnet(model, [])
             with training.autocast():
                 logits = model(images)
-                # mixed labels are smoothed already
-                loss = F.cross_entropy(logits, labels, label_smoothing=args.smoothing if labels.ndim == 1 else 0.0)
+                loss = label_loss(logits, labels, args.smoothing)
             training.backward(loss)
             if blocks:
                 soft, subnets = logits.detach().float().softmax(-1), [blocks]
@@ -248,8 +245,8 @@ def main():
 
     def keep(epoch, training, result):
         save_csv(log, os.path.splitext(args.out)[0] + ".csv")
-        save({"stage": "unfinished run", "flags": flags, "epoch": epoch, "log": log, "result": result, "baseline": baseline,
-              "baseline_state_dict": baseline_state, "training": training.state_dict()}, args.out + ".last")
+        save_state(args, flags, epoch=epoch, log=log, result=result, baseline=baseline, baseline_state_dict=baseline_state,
+                   training=training.state_dict())
 
     # Baseline
     epochs = args.baseline_epochs if args.baseline_epochs is not None else 0 if trained else 10

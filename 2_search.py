@@ -32,7 +32,7 @@ import torch.distributed as dist
 
 from blocks import (BatchNorm, Images, UserError, at_least, build, check_writable, cost, describe_run, evaluate, fraction,
                     latencies, make_loader, merge, pick_device, print_table, processes, progress_bar, prunable_blocks, read,
-                    read_json, read_state, recalibrate, remove_state, replacing, run, save, save_csv, set_subnet)
+                    read_json, read_state, recalibrate, remove_state, replacing, run, save_csv, save_state, set_subnet)
 
 parser = argparse.ArgumentParser(
     description="Stage 2 of 4: searches for the blocks to prune.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -145,7 +145,7 @@ def latency_table(path, spec, model, blocks, batch, device):
     if processes()[0] == 0:
         with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
             tables = [json.load(file)]
-        if tables[0] and all(tables[0].get(key) == value for key, value in json.loads(json.dumps(about)).items()):
+        if isinstance(tables[0], dict) and json.loads(json.dumps(about)).items() <= tables[0].items():
             print(f"latencies of the blocks from {path}")
         else:
             images = torch.randn(batch, *spec["input_size"], device=device).to(memory_format=torch.channels_last)
@@ -357,7 +357,7 @@ def main():
     baseline = {**whole, **{key: spec["baseline"][key] for key in ("params", "macs")}}
     values = values or [len(blocks) // 2]
     budgets = [make_budget(kind, value, blocks, baseline, whole, savings) for value in ([] if args.score else values)]
-    specs = [(path, read_json(path)["prune"]) for path in args.score or ()]
+    specs = [(path, read_json(path, spec["model"])["prune"]) for path in args.score or ()]
     for _, prune in specs:
         set_subnet(model, prune)  # an unknown block is told here
 
@@ -398,8 +398,8 @@ def main():
         def keep(generation, scores):
             save_csv([{"prune": named(c), "blocks": len(c), **s, **merged_cost(c)} for c, s in scores.items()],
                      f"{root}.search.csv")
-            save({"stage": "unfinished run", "flags": flags, "budget": number, "generation": generation,
-                  "scores": [(sorted(candidate), result) for candidate, result in scores.items()]}, args.out + ".last")
+            save_state(args, flags, budget=number, generation=generation,
+                       scores=[(sorted(candidate), result) for candidate, result in scores.items()])
 
         scores, exact = search(
             score, budgets[number], blocks, args.population, args.generations, args.seed, scores, first, keep)
@@ -411,7 +411,7 @@ def main():
             size: [{"prune": named(c), **scores[c]} for c in ranked if len(c) == size][:3]
             for size in sorted(set(map(len, ranked)))}}
         timed = ""
-        if args.latency:
+        if args.latency and processes()[0] == 0:
             images = torch.randn(args.latency_batch, *spec["input_size"], device=device).to(memory_format=torch.channels_last)
             seconds = latencies([merged_on(build(spec), subnet, device) for subnet in ([], prune)], images)
             result["timed_latency"] = dict(zip(("baseline", "merged"), seconds))

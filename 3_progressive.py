@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from timm.utils import random_seed
 
-from blocks import (Epoch, Training, UserError, add_training_flags, at_least, check_writable, cost, describe_run, evaluate,
-                    fraction, load_baseline, make_loader, make_mixup, make_prunable, merge, pick_device, print_best,
-                    print_table, processes, read, read_json, read_state, recalibrate, remove_state, run, save, save_csv,
-                    set_subnet)
+from blocks import (Epoch, Training, add_training_flags, at_least, check_writable, cost, describe_run, evaluate,
+                    fraction, label_loss, load_baseline, make_loader, make_mixup, make_prunable, merge, pick_device,
+                    print_best, print_table, processes, read, read_json, read_state, recalibrate, remove_state, run, save,
+                    save_csv, save_state, set_subnet)
 
 parser = argparse.ArgumentParser(
     description="Stage 3 of 4: trains the subnet from λ = 0 to λ = 1.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -60,10 +60,8 @@ def train(model, teacher, prune, loader, args, report, log, keep=None, state=Non
         training.load_state_dict(state["training"])
         first, result = state["epoch"], state["result"]
     for epoch in range(first, args.epochs):
-        random_seed(1000 * args.seed + epoch, processes()[0])  # nothing depends on what was drawn in earlier epochs
-        loader.sampler.set_epoch(epoch)
         name = f"progressive {epoch + 1}/{args.epochs}"
-        progress = Epoch(name, loader)
+        progress = Epoch(name, loader, args.seed, epoch)
         model.train()
         for step, (images, labels) in enumerate(loader, epoch * len(loader)):
             lr, mix = training.start(step), mix_at(step, steps, args.transition)
@@ -71,8 +69,7 @@ def train(model, teacher, prune, loader, args, report, log, keep=None, state=Non
             images, labels = mixup(images, labels)
             with training.autocast():
                 logits = model(images)
-                # mixed labels are smoothed already
-                loss = F.cross_entropy(logits, labels, label_smoothing=args.smoothing if labels.ndim == 1 else 0.0)
+                loss = label_loss(logits, labels, args.smoothing)
                 if args.distill:
                     with torch.no_grad():
                         soft = teacher(images).float().softmax(-1)
@@ -98,9 +95,8 @@ def main():
     device = pick_device(args.device)
     check_writable(args.out)
     random_seed(args.seed)
-    spec, subnet = read(args.supernet, "supernet"), read_json(args.subnet)
-    if subnet["model"] != spec["model"]:
-        raise UserError(f"{args.subnet} is for {subnet['model']}, {args.supernet} holds {spec['model']}")
+    spec = read(args.supernet, "supernet")
+    subnet = read_json(args.subnet, spec["model"])
     flags = describe_run(args, "supernet", "subnet", processes=processes()[1])
     state = read_state(args, flags)
     spec["data_dir"] = args.data_dir or spec["data_dir"]
@@ -121,8 +117,7 @@ def main():
 
     def keep(epoch, training, result):
         save_csv(log, os.path.splitext(args.out)[0] + ".csv")
-        save({"stage": "unfinished run", "flags": flags, "epoch": epoch, "log": log, "result": result,
-              "training": training.state_dict()}, args.out + ".last")
+        save_state(args, flags, epoch=epoch, log=log, result=result, training=training.state_dict())
 
     if state:
         print(f"{spec['model']}, {len(prune)} blocks pruned, going on after epoch {state['epoch']}")

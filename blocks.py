@@ -49,7 +49,7 @@ from timm.layers import Mlp
 from timm.models import _efficientnet_blocks, convnext, resnet, vision_transformer
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
-from timm.utils import ModelEmaV3, reparameterize_model
+from timm.utils import ModelEmaV3, random_seed, reparameterize_model
 from timm.utils.distributed import init_distributed_device_so
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 from torch.utils.data.distributed import DistributedSampler
@@ -615,14 +615,20 @@ def read_state(args, flags, out=None):
     return None
 
 
+def save_state(args, flags, **state):
+    """Renews OUT.last, from which `read_state` takes it up."""
+    save({"stage": "unfinished run", "flags": flags, **state}, args.out + ".last")
+
+
 def remove_state(args):
     """To be called when OUT is written."""
     if processes()[0] == 0 and os.path.exists(args.out + ".last"):
         os.remove(args.out + ".last")
 
 
-def read_json(path):
-    """A subnet spec; a person has to write no more than {"format": 1, "model": …, "prune": […]}."""
+def read_json(path, model=None):
+    """A subnet spec; a person has to write no more than {"format": 1, "model": …, "prune": […]}. UserError where it is not
+    for `model`, the supernet's."""
     if not os.path.isfile(path):
         raise UserError(f"{path} does not exist: run 2_search.py first, or write it by hand")
     try:
@@ -633,6 +639,8 @@ def read_json(path):
     if not (isinstance(spec, dict) and spec.get("format") == 1 and isinstance(spec.get("model"), str)
             and isinstance(spec.get("prune"), list) and all(isinstance(name, str) for name in spec["prune"])):
         raise UserError(f'{path} needs at least {{"format": 1, "model": "…", "prune": ["block", …]}}')
+    if model not in (None, spec["model"]):
+        raise UserError(f"{path} is for {spec['model']}, the supernet is a {model}")
     return spec
 
 
@@ -934,6 +942,11 @@ def make_mixup(args, loader, num_classes):
     return timm.data.Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=num_classes)
 
 
+def label_loss(logits, labels, smoothing):
+    """Cross entropy with labels (B,), smoothed, or with mixed ones (B, classes), which mixup has smoothed already."""
+    return F.cross_entropy(logits, labels, label_smoothing=smoothing if labels.ndim == 1 else 0.0)
+
+
 def compile_blocks(model):
     """torch.compile, block by block: a whole network would be compiled anew for every subnet, a block is for λ = 0, for
     λ = 1 and once for all that lies between."""
@@ -944,9 +957,12 @@ def compile_blocks(model):
 
 
 class Epoch:
-    """Progress bar, mean loss and speed of one epoch of training, over all processes."""
+    """Progress bar, mean loss and speed of one epoch of training, over all processes. Sets its order of the images and
+    its seed: nothing in it depends on what was drawn in earlier ones."""
 
-    def __init__(self, name, loader):
+    def __init__(self, name, loader, seed, number):
+        random_seed(1000 * seed + number, processes()[0])
+        loader.sampler.set_epoch(number)
         batch, world = loader.loader.batch_size, processes()[1]
         self.bar = progress_bar(desc=name, total=len(loader) * batch * world, unit="img")
         self.images, self.sum, self.count, self.waiting, self.started = batch * world, 0.0, 0, None, time.time()

@@ -133,6 +133,7 @@ def test_latency_is_measured_once(runs, monkeypatch, tmp_path, capsys):
     assert "latencies of the blocks from" in capsys.readouterr().out
     said = stage(monkeypatch, "2_search.py", *flags, "--latency", 0.01)
     assert said.startswith("error: --latency 0.01: the cheapest subnet has ")
-    (tmp_path / "latency.json").write_text(json.dumps({**first, "threads": 77}))
-    assert stage(monkeypatch, "2_search.py", *flags, "--latency", 0.95) is None
-    assert "latencies of the blocks measured" in capsys.readouterr().out
+    for other in (json.dumps({**first, "threads": 77}), "[1]", "{no JSON"):
+        (tmp_path / "latency.json").write_text(other)
+        assert stage(monkeypatch, "2_search.py", *flags, "--latency", 0.95) is None
+        assert "latencies of the blocks measured" in capsys.readouterr().out

@@ -239,6 +239,7 @@ BAD_LATER = {
     "JSON of something else": ("3_progressive.py", ["--subnet", "list.json"], "needs at least"),
     "unknown block": ("3_progressive.py", ["--subnet", "block.json"], "no prunable block layer9.0; this model has layer1.0"),
     "other model": ("3_progressive.py", ["--subnet", "model.json"], "is for resnet18"),
+    "spec of another model to score": ("2_search.py", ["--score", "model.json"], "is for resnet18"),
     "no subnet": ("4_merge.py", ["--subnet", "none.pt"], "none.pt does not exist"),
     "supernet instead": ("4_merge.py", ["--subnet", "RUNS/supernet.pt"], "holds a supernet, this needs a subnet"),
 }
