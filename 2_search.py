@@ -27,6 +27,7 @@ import random
 import statistics
 import time
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -108,12 +109,12 @@ def measure_blocks(model, blocks, images, pairs=4, rounds=3):
 
     subnets = [set()] + [{name for name in blocks if rng.random() < 0.5} for _ in range(pairs - 1)]
     subnets += [set(blocks) - subnet for subnet in subnets]
-    times, totals = {(name, pruned): [] for name in blocks for pruned in (False, True)}, []
-    for subnet in progress_bar(subnets * rounds, "latency", unit="subnet"):
+    times, totals = {(name, pruned): [] for name in blocks for pruned in (False, True)}, [[] for _ in subnets]
+    for subnet, total in progress_bar(list(zip(subnets, totals)) * rounds, "latency", unit="subnet"):
         network, stamps, spent = merged_on(model, subnet, images.device), [], []
         warm = min(timed(network) for _ in range(3))
         runs = max(5, round(0.3 / warm))
-        totals.append(statistics.median(timed(network) for _ in range(runs)))
+        total.append(statistics.median(timed(network) for _ in range(runs)))
         for name in blocks:
             module = network.get_submodule(name)
             module.register_forward_pre_hook(lambda *_: stamps.append(stamp()))
@@ -126,10 +127,12 @@ def measure_blocks(model, blocks, images, pairs=4, rounds=3):
         for name, t in zip(blocks, spent):
             times[name, name in subnet].append(t)
     # A smaller network keeps more of itself in the cache: all its parts are faster than in a large one, and hooks cost time
-    # too. A straight line from the blocks' sums to the networks' totals takes account of both, and leaves the costs additive.
+    # too. A straight line from the blocks' sums to the networks' totals (least squares of the relative errors) takes account
+    # of both, and leaves the costs additive.
     times = {key: statistics.median(values) for key, values in times.items()}
-    sums = [sum(times[name, name in subnet] for name in blocks) for subnet in subnets] * rounds
-    slope, rest = statistics.linear_regression(sums, totals)
+    sums = np.array([sum(times[name, name in subnet] for name in blocks) for subnet in subnets])
+    totals = np.median(totals, 1)
+    slope, rest = np.linalg.lstsq(np.stack([sums / totals, 1 / totals], 1), np.ones(len(subnets)), rcond=None)[0].tolist()
     return {"baseline": {name: slope * times[name, False] for name in blocks},
             "merged": {name: slope * times[name, True] for name in blocks}, "rest": rest}
 
