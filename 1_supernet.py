@@ -9,9 +9,11 @@ runs/supernet.csv has a row per epoch, and while the stage runs, runs/supernet.p
     python 1_supernet.py --data-dir cifar10 --img-size 32 --model mobilenetv2_100 --baseline-epochs 30 --epochs 10
     python 1_supernet.py --data-dir imagenet --model convnext_tiny.fb_in1k --pretrained --epochs 20 --lr 1e-4
     python 1_supernet.py --data-dir cifar10 --model deit_tiny_patch16_224 --model-kwargs patch_size=4 img_size=32
+    python 1_supernet.py --data-dir imagenet --model resnet34.tv_in1k --pretrained --epochs 0               # no training
     torchrun --nproc-per-node 8 1_supernet.py --data-dir imagenet --model resnet34.tv_in1k --pretrained --amp --workers 8
 
-The baseline is trained first (--baseline-epochs) unless its weights are given. Then come the supernet's epochs, by the
+The baseline is trained first (--baseline-epochs) unless its weights are given. Then every pruned block is fitted to it in
+closed form, on --calibrate training images: with --epochs 0, that is the supernet. Its epochs follow, by the
 sandwich rule: each step runs the largest subnet (nothing pruned) on the labels, and the smallest (everything pruned) and
 some random ones on the largest's output as soft labels; their gradients add up to one update.
 """
@@ -30,8 +32,8 @@ from PIL import Image, ImageDraw
 from timm.utils import ParseKwargs, random_seed
 
 from blocks import (Epoch, Training, UserError, add_training_flags, at_least, check_writable, cost, create_model,
-                    describe_run, evaluate, first_process_first, fraction, label_loss, make_loader, make_mixup, make_prunable,
-                    merge, open_dataset, pick_device, print_best, print_table, processes, prunable_blocks, read_state,
+                    describe_run, evaluate, first_process_first, fit_blocks, fraction, label_loss, make_loader, make_mixup, make_prunable,
+                    merge, open_dataset, pick_device, print_best, print_table, processes, read_state,
                     recalibrate, remove_state, run, save, save_csv, save_state, set_subnet)
 
 parser = argparse.ArgumentParser(
@@ -43,8 +45,6 @@ parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs,
                     help="arguments for timm.create_model, e.g. patch_size=4 img_size=32")
 parser.add_argument("--pretrained", action="store_true", help="start from timm's weights (downloads them)")
 parser.add_argument("--checkpoint", metavar="FILE", help="start from weights in timm's own keys (.pth, .safetensors)")
-parser.add_argument("--end-act", action=argparse.BooleanOptionalAction, default=None,
-                    help="insert an activation at the end of pruned blocks that have none (None: yes for CNNs, no for ViTs)")
 # images
 parser.add_argument("--data-dir", metavar="DIR", help="folder with train/CLASS/* and val/CLASS/* (None: data/shapes, drawn if absent)")
 parser.add_argument("--dataset", default="", help="a timm data set instead of a folder: torch/cifar10, hfds/…")
@@ -234,7 +234,7 @@ def main():
         spec = describe_data(args)
         model, model_spec, trained = build_baseline(args, len(spec["classes"]))
     spec.update(model_spec)
-    make_prunable(copy.deepcopy(model), args.end_act)  # a model that cannot be pruned is told now, not after the training
+    make_prunable(copy.deepcopy(model))  # a model that cannot be pruned is told now, not after the training
     model.to(device, memory_format=torch.channels_last)  # depthwise convs train more than twice as fast
     flags = describe_run(args, "checkpoint", train_images=spec["train_images"], processes=processes()[1])
     state = read_state(args, flags)
@@ -263,10 +263,10 @@ def main():
         state = None
 
     # Supernet
-    blocks = make_prunable(model, args.end_act)
-    spec["end_act"] = args.end_act
-    if args.end_act is None:
-        spec["end_act"] = all(block.end_act_default for block in prunable_blocks(model).values())
+    spec["end_act"] = None if args.epochs else False  # behind a block that is fitted and not trained it does harm
+    blocks = make_prunable(model, spec["end_act"])
+    if args.calibrate and not state:
+        fit_blocks(model, [blocks], spec, args, device)
     calibration = [images for images, _ in make_loader(spec, "train", args.batch_size, device, limit=1024)]
 
     def report(model):  # each subnet with BN statistics of its own; the largest's stay

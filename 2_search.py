@@ -421,7 +421,7 @@ def main():
             timed = (f"\nlatency: predicted {merged['latency'] / whole['latency']:.3f} of the baseline's, the merged network"
                      f" itself {seconds[1] / seconds[0]:.3f}")
         save_json({"format": 1, "model": spec["model"], "model_args": spec["model_args"], "input_size": spec["input_size"],
-                   "prune": prune, "end_act": spec["end_act"], "baseline": baseline, "merged": merged,
+                   "prune": prune, "baseline": baseline, "merged": merged,
                    "search": result, "flags": flags}, paths[number])
         print(f"\nprune {len(prune)} of {len(blocks)} blocks: {' '.join(prune)}"
               + ("\nthe best of all that keep to the budget" if exact else "") + timed + "\n")

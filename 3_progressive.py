@@ -4,15 +4,17 @@ Reads runs/supernet.pt and runs/subnet.json. Writes runs/subnet.pt: the subnet a
 runs/subnet.csv has a row per epoch, and while the stage runs, runs/subnet.pt.last is what --resume goes on from.
 
     python 3_progressive.py
+    python 3_progressive.py --epochs 0                              # no training
     python 3_progressive.py --epochs 30 --transition 0.5 --lr 5e-4
     python 3_progressive.py --transition 0                          # direct pruning, to compare with
     python 3_progressive.py --subnet my.json --supernet runs/supernet.pt
     torchrun --nproc-per-node 8 3_progressive.py --amp --workers 8
 
-It starts from the baseline's own weights. λ of the pruned blocks rises with every step over the first --transition of the
-steps, fast at first and slowly near 1, where a little more λ costs most; then it stays 1. The learning rate is held for
-the first --hold of the steps, also where --transition is 0, and falls to 0 (cosine) after that: it should not fall before
-λ is 1. The unpruned baseline's outputs serve as soft labels.
+It starts from the baseline's own weights, and first fits the pruned blocks to it in closed form, on --calibrate training
+images; --epochs 0 leaves it at that: pruning without training. λ of the pruned blocks rises with every step over the first
+--transition of the steps, fast at first and slowly near 1, where a little more λ costs most; then it stays 1. The learning
+rate is held for the first --hold of the steps, also where --transition is 0, and falls to 0 (cosine) after that: it should
+not fall before λ is 1. The unpruned baseline's outputs serve as soft labels.
 """
 import argparse
 import math
@@ -23,9 +25,9 @@ import torch.nn.functional as F
 from timm.utils import random_seed
 
 from blocks import (Epoch, Training, add_training_flags, at_least, check_writable, cost, describe_run, evaluate,
-                    fraction, label_loss, load_baseline, make_loader, make_mixup, make_prunable, merge, pick_device,
-                    print_best, print_table, processes, read, read_json, read_state, recalibrate, remove_state, run, save,
-                    save_csv, save_state, set_subnet)
+                    fit_blocks, fraction, label_loss, load_baseline, make_loader, make_mixup, make_prunable, merge,
+                    pick_device, print_best, print_table, processes, prunable_blocks, read, read_json, read_state,
+                    recalibrate, remove_state, run, save, save_csv, save_state, set_subnet)
 
 parser = argparse.ArgumentParser(
     description="Stage 3 of 4: trains the subnet from λ = 0 to λ = 1.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -33,11 +35,13 @@ parser.add_argument("--supernet", default="runs/supernet.pt", metavar="FILE", he
 parser.add_argument("--subnet", default="runs/subnet.json", metavar="FILE", help="stage 2's spec, or your own")
 parser.add_argument("--data-dir", metavar="DIR", help="where the images are (None: where stage 1 found them)")
 # training
-parser.add_argument("--epochs", type=at_least(0), default=6, help="epochs; 0 prunes without training, BN recalibrated")
+parser.add_argument("--epochs", type=at_least(0), default=6, help="epochs; 0 prunes without training")
 parser.add_argument("--transition", type=fraction, default=0.5, metavar="R",
                     help="share of the steps while λ goes from 0 to 1; 0 prunes directly")
 parser.add_argument("--hold", type=fraction, default=0.5, metavar="R", help="share of the steps at the full learning rate")
 parser.add_argument("--distill", type=fraction, default=0.5, metavar="W", help="weight, 0 to 1, of the baseline's soft labels")
+parser.add_argument("--end-act", action=argparse.BooleanOptionalAction, default=None,
+                    help="insert an activation at the end of pruned blocks that have none (None: in CNNs, if they are trained)")
 add_training_flags(parser, lr=5e-4, warmup=0.0)
 parser.add_argument("--out", default="runs/subnet.pt", metavar="FILE", help="the trained subnet's checkpoint")
 
@@ -100,13 +104,14 @@ def main():
     flags = describe_run(args, "supernet", "subnet", processes=processes()[1])
     state = read_state(args, flags)
     spec["data_dir"] = args.data_dir or spec["data_dir"]
-    prune = spec["prune"] = subnet["prune"]
-    spec["end_act"] = subnet.get("end_act", spec["end_act"])
+    # What was fitted, and is not trained, is better off without
+    spec["end_act"] = args.end_act if args.epochs or args.end_act is not None else False
 
     teacher = load_baseline(spec, device).to(memory_format=torch.channels_last)
     model = load_baseline(spec)
     make_prunable(model, spec["end_act"])
-    set_subnet(model, prune)  # an unknown block is told here
+    set_subnet(model, subnet["prune"])  # an unknown block is told here
+    prune = spec["prune"] = [name for name in prunable_blocks(model) if name in subnet["prune"]]
     model.to(device, memory_format=torch.channels_last)
     loader = make_loader(spec, "train", args.batch_size, device, args.workers, augment=args)
     val = make_loader(spec, "val", args.batch_size, device, args.workers, share=True)
@@ -122,8 +127,9 @@ def main():
     if state:
         print(f"{spec['model']}, {len(prune)} blocks pruned, going on after epoch {state['epoch']}")
     else:
-        # The BatchNorms that take a LayerNorm's place need statistics before they are blended in
         mix = mix_at(0, args.epochs * len(loader), args.transition)
+        if args.calibrate:  # one after the other, each on the inputs that it will see; all at once where these are the baseline's
+            fit_blocks(model, [[name] for name in prune] if mix == 1 else [prune], spec, args, device)
         set_subnet(model, prune, mix)
         recalibrate(model, (images for images, _ in make_loader(spec, "train", args.batch_size, device, limit=1024)))
         result = report(model)

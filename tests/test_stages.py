@@ -27,11 +27,10 @@ def test_checkpoints_hold_tensors_and_plain_values(runs):
 
 def test_spec_is_what_a_person_expects(runs):
     spec, supernet = json.loads((runs / "subnet.json").read_text()), blocks.read(runs / "supernet.pt")
-    assert set(spec) == {"format", "model", "model_args", "input_size", "prune", "end_act", "baseline", "merged", "search",
+    assert set(spec) == {"format", "model", "model_args", "input_size", "prune", "baseline", "merged", "search",
                          "flags"}
     assert set(spec["search"]) == {"loss", "top1", "generation", "evaluated", "seed", "optimum",
                                    "best_of_each_size"} and spec["input_size"] == [3, 32, 32]
-    assert spec["end_act"] == (spec["model"] != "test_vit")
     names = list(blocks.prunable_blocks(blocks.build(supernet)))
     assert spec["prune"] == [name for name in names if name in spec["prune"]]  # in running order
     merged, _ = load(runs / "merged.pt")

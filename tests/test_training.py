@@ -219,7 +219,7 @@ def test_averaged_weights_leave_out_the_mix_and_counters():
     assert all(block.mix == 0 for block in blocks.prunable_blocks(training.result).values())
     for name, value in training.result.state_dict().items():
         torch.testing.assert_close(value, average[name])
-    assert training.result.state_dict()["stages.0.blocks.0.norm_bn.num_batches_tracked"] == 4
+    assert training.result.state_dict()["stages.0.blocks.0.pruned.1.num_batches_tracked"] == 4
 
 
 def blocks_args(**flags):
