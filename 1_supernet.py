@@ -263,7 +263,7 @@ def main():
         state = None
 
     # Supernet
-    spec["end_act"] = None if args.epochs else False  # behind a block that is fitted and not trained it does harm
+    spec["end_act"] = False  # see stage 3, which decides on it
     blocks = make_prunable(model, spec["end_act"])
     if args.calibrate and not state:
         fit_blocks(model, [blocks], spec, args, device)

@@ -17,6 +17,7 @@ rate is held for the first --hold of the steps, also where --transition is 0, an
 not fall before λ is 1. The unpruned baseline's outputs serve as soft labels.
 """
 import argparse
+import copy
 import math
 import os
 
@@ -41,7 +42,7 @@ parser.add_argument("--transition", type=fraction, default=0.5, metavar="R",
 parser.add_argument("--hold", type=fraction, default=0.5, metavar="R", help="share of the steps at the full learning rate")
 parser.add_argument("--distill", type=fraction, default=0.5, metavar="W", help="weight, 0 to 1, of the baseline's soft labels")
 parser.add_argument("--end-act", action=argparse.BooleanOptionalAction, default=None,
-                    help="insert an activation at the end of pruned blocks that have none (None: in CNNs, if they are trained)")
+                    help="insert an activation at the end of pruned blocks that have none (None: in CNNs of which no block stays, if they are trained)")
 add_training_flags(parser, lr=5e-4, warmup=0.0)
 parser.add_argument("--out", default="runs/subnet.pt", metavar="FILE", help="the trained subnet's checkpoint")
 
@@ -104,11 +105,11 @@ def main():
     flags = describe_run(args, "supernet", "subnet", processes=processes()[1])
     state = read_state(args, flags)
     spec["data_dir"] = args.data_dir or spec["data_dir"]
-    # What was fitted, and is not trained, is better off without
-    spec["end_act"] = args.end_act if args.epochs or args.end_act is not None else False
-
     teacher = load_baseline(spec, device).to(memory_format=torch.channels_last)
     model = load_baseline(spec)
+    everything = set(subnet["prune"]) == set(make_prunable(copy.deepcopy(model)))
+    # What was only fitted is better off without it, and so is what is trained as long as some block is not linear
+    spec["end_act"] = False if args.end_act is None and not (everything and args.epochs) else args.end_act
     make_prunable(model, spec["end_act"])
     set_subnet(model, subnet["prune"])  # an unknown block is told here
     prune = spec["prune"] = [name for name in prunable_blocks(model) if name in subnet["prune"]]

@@ -8,13 +8,11 @@ Every prunable block holds two forms, and its output is a mix of theirs:
     λ = 1   the pruned block: what is left of it without its inner activations is linear, and `fuse()` makes a single
             layer of that, with the BatchNorm and the skip folded in, exactly
 
-    timm class                            its pruned form, and the skip      merges into
-    resnet.BasicBlock                     3x3 conv, BatchNorm; act           one 3x3 conv
-    _efficientnet_blocks.InvertedResidual dense kxk conv, BatchNorm; act     one dense kxk conv
-    convnext.ConvNeXtBlock                depthwise conv, BatchNorm, 1x1     depthwise conv + 1x1 conv, plus skip
-                                          conv; act
-    vision_transformer.Block              attention as it was; BatchNorm,    attention + one linear layer
-                                          linear
+    timm class                             its pruned form, beside the skip          merges into
+    resnet.BasicBlock                      3x3 conv, BatchNorm                       one 3x3 conv
+    _efficientnet_blocks.InvertedResidual  dense kxk conv, BatchNorm                 one dense kxk conv
+    convnext.ConvNeXtBlock                 depthwise conv, BatchNorm, 1x1 conv       depthwise conv + 1x1 conv, plus skip
+    vision_transformer.Block               BatchNorm, linear; attention as it was    attention + one linear layer
 
 Merging all linear layers of a block would often give a dearer one (two 3x3 convs a 5x5). So the pruned form has the shape of
 the merged layer from the start, and `fit` solves its weights for what the baseline block does, which no product of the

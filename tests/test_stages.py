@@ -53,6 +53,29 @@ def test_merged_predicts_what_the_subnet_predicts(runs):
     assert evaluate(merged, validation(spec))["top1"] == spec["subnet"]["top1"]
 
 
+@pytest.mark.parametrize("runs", ["test_convnext", "test_vit"], indirect=True)
+def test_pruning_without_training(runs, monkeypatch, tmp_path):
+    """All blocks, in any order in the spec: the fit comes closer to the baseline's logits than leaving the blocks out, is
+    the same each time and merges."""
+    checkpoint = blocks.read(runs / "supernet.pt")
+    names = list(blocks.prunable_blocks(blocks.build(checkpoint)))
+    spec = {"format": 1, "model": checkpoint["model"], "prune": names[::-1]}
+    (tmp_path / "all.json").write_text(json.dumps(spec))
+    baseline, logits = blocks.load_baseline(checkpoint), {}
+    for name, flags in (("skips", ["--calibrate", 0]), ("fit", []), ("again", []), ("trained", ["--epochs", 1])):
+        assert stage(monkeypatch, "3_progressive.py", "--supernet", runs / "supernet.pt", "--subnet", tmp_path / "all.json",
+                     "--epochs", 0, "--workers", 0, *flags, "--out", tmp_path / f"{name}.pt") is None
+        model, spec = load(tmp_path / f"{name}.pt")
+        assert spec["prune"] == names
+        ends = [isinstance(block.end_act, torch.nn.Module) for block in blocks.prunable_blocks(model).values()]
+        assert ends == [name == "trained" and checkpoint["model"] == "test_convnext"] * len(names)
+        with torch.no_grad():
+            logits[name] = torch.cat([model(images) - baseline(images) for images, _ in validation(checkpoint)])
+    assert logits["fit"].norm() < 0.9 * logits["skips"].norm() and torch.equal(logits["fit"], logits["again"])
+    assert stage(monkeypatch, "4_merge.py", "--subnet", tmp_path / "fit.pt", "--workers", 0, "--batch-size", 2,
+                 "--out", tmp_path / "merged.pt") is None
+
+
 def test_supernet_keeps_the_baseline_as_it_was(runs):
     checkpoint = blocks.read(runs / "supernet.pt")
     model = timm.create_model(checkpoint["model"], **checkpoint["model_args"])
