@@ -161,6 +161,13 @@ class Prunable:
     def finish(self, y):
         return y if self.end_act is None else self.end_act(y)
 
+    @staticmethod
+    def fits(block):
+        return True
+
+    def linear_inputs(self, x):
+        return patches(self.pruned[0], x)
+
     def linear_part(self, x):
         """What the baseline block gives, and what `fit` makes of pruned(x) + skip_part(x)."""
         return super().forward(x)
@@ -226,16 +233,14 @@ class PrunableBasicBlock(Prunable, resnet.BasicBlock):
         y = self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x)))))
         return (y if self.se is None else self.se(y)) + self.skip_part(x)
 
-    def linear_inputs(self, x):
-        return patches(self.pruned[0], x)
-
     def merged(self):
         weight, bias = fold(*self.pruned)
         skip = None
         if self.downsample is None:
             add_identity(weight)
-        elif isinstance(conv := self.downsample[0], nn.Conv2d) and conv.kernel_size == (1, 1):
-            w, b = fold(conv, self.downsample[1])  # same stride, and hits the same pixels as the centre tap
+        elif isinstance(self.downsample[0], nn.Conv2d) and isinstance(self.downsample[1], BatchNorm) \
+                and self.downsample[0].kernel_size == (1, 1):
+            w, b = fold(*self.downsample)  # same stride, and hits the same pixels as the centre tap
             weight[:, :, 1:2, 1:2] += w
             bias = bias + b
         else:  # resnet-d averages first, over fewer pixels at an odd border: that stays a branch
@@ -271,9 +276,6 @@ class PrunableInvertedResidual(Prunable, _efficientnet_blocks.InvertedResidual):
         y = self.pruned(x)
         return self.finish(self.drop_path(y) + x if self.has_skip else y)
 
-    def linear_inputs(self, x):
-        return patches(self.pruned[0], x)
-
     def merged(self):
         weight, bias = fold(*self.pruned)
         if self.has_skip:
@@ -285,10 +287,6 @@ class PrunableConvNeXtBlock(Prunable, convnext.ConvNeXtBlock):
     """Depthwise 7x7-LN-fc1-GELU-fc2-γ + skip. A dense 7x7 would be 5.8 times dearer than the block: the pruned form is a
     depthwise conv, which starts as the block's own, a BatchNorm in the LayerNorm's place, and one 1x1 conv."""
     timm_class = convnext.ConvNeXtBlock
-
-    @staticmethod
-    def fits(block):
-        return True
 
     def prepare(self, end_act):
         dw, channels = copy.deepcopy(self.conv_dw), self.conv_dw.out_channels
