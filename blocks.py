@@ -999,7 +999,8 @@ def fit_blocks(model, groups, spec, args, device):
     for group in groups:
         fit(model, group, (images for images, _ in loader), pruned)
         pruned += group
-    print(f"fitted {len(pruned)} blocks on {args.calibrate} training images in {time.time() - started:.1f} s", flush=True)
+    images, = total([len(loader.loader.dataset)], device)
+    print(f"fitted {len(pruned)} blocks on {images:g} training images in {time.time() - started:.1f} s", flush=True)
 
 
 def label_loss(logits, labels, smoothing):
