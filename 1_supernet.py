@@ -13,9 +13,9 @@ runs/supernet.csv has a row per epoch, and while the stage runs, runs/supernet.p
     torchrun --nproc-per-node 8 1_supernet.py --data-dir imagenet --model resnet34.tv_in1k --pretrained --amp --workers 8
 
 The baseline is trained first (--baseline-epochs) unless its weights are given. Then every pruned block is fitted to it in
-closed form, on --calibrate training images: with --epochs 0, that is the supernet. Its epochs follow, by the
-sandwich rule: each step runs the largest subnet (nothing pruned) on the labels, and the smallest (everything pruned) and
-some random ones on the largest's output as soft labels; their gradients add up to one update.
+closed form, on --calibrate training images: with --epochs 0, that is the supernet. Its epochs follow, by the sandwich rule:
+each step runs the largest subnet (nothing pruned) on the labels, and the smallest (everything pruned) and some random ones
+on the largest's output as soft labels; their gradients add up to one update.
 """
 import argparse
 import copy
@@ -32,9 +32,9 @@ from PIL import Image, ImageDraw
 from timm.utils import ParseKwargs, random_seed
 
 from blocks import (Epoch, Training, UserError, add_training_flags, at_least, check_writable, cost, create_model,
-                    describe_run, evaluate, first_process_first, fit_blocks, fraction, label_loss, make_loader, make_mixup, make_prunable,
-                    merge, open_dataset, pick_device, print_best, print_table, processes, read_state,
-                    recalibrate, remove_state, run, save, save_csv, save_state, set_subnet)
+                    describe_run, evaluate, first_process_first, fit_blocks, fraction, label_loss, make_loader,
+                    make_mixup, make_prunable, merge, open_dataset, pick_device, print_best, print_table, processes,
+                    read_state, recalibrate, remove_state, run, save, save_csv, save_state, set_subnet)
 
 parser = argparse.ArgumentParser(
     description="Stage 1 of 4: trains a supernet of baseline and pruned blocks.",

@@ -33,7 +33,7 @@ import torch.distributed as dist
 
 from blocks import (BatchNorm, Images, UserError, at_least, build, check_writable, cost, describe_run, evaluate, fraction,
                     latencies, make_loader, merge, pick_device, print_table, processes, progress_bar, prunable_blocks, read,
-                    read_json, read_state, recalibrate, remove_state, replacing, run, save_csv, save_state, set_subnet)
+                    read_json, read_state, recalibrate, remove_state, replacing, restore, run, save_csv, save_state, set_subnet)
 
 parser = argparse.ArgumentParser(
     description="Stage 2 of 4: searches for the blocks to prune.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -348,7 +348,7 @@ def main():
     flags = describe_run(args, "supernet")
     state = None if args.score else read_state(args, flags, paths[-1])
     spec["data_dir"] = args.data_dir or spec["data_dir"]
-    model = build(spec)
+    model = restore(spec)
     blocks = list(prunable_blocks(model))
     whole, savings = block_savings(build(spec), blocks, spec["input_size"])
     if args.latency:
@@ -364,7 +364,6 @@ def main():
     for _, prune in specs:
         set_subnet(model, prune)  # an unknown block is told here
 
-    model.load_state_dict(spec["state_dict"])
     model.to(device, memory_format=torch.channels_last)
     calibration = [images for images, _ in make_loader(
         spec, "train", args.batch_size, device, args.workers, limit=args.calibrate)]

@@ -18,8 +18,8 @@ import json
 
 import torch
 
-from blocks import (UserError, at_least, build, check_writable, cost, evaluate, latencies, load, load_baseline, make_loader,
-                    make_prunable, merge, pick_device, print_table, read, replacing, run, save)
+from blocks import (UserError, at_least, check_writable, cost, evaluate, latencies, load, load_baseline, make_loader,
+                    make_prunable, merge, pick_device, print_table, read, replacing, restore, run, save)
 
 parser = argparse.ArgumentParser(
     description="Stage 4 of 4: merges, checks, exports and times.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -65,9 +65,7 @@ def main():
     check_writable(args.out)
     checkpoint = read(args.subnet, "subnet")
     checkpoint["data_dir"] = args.data_dir or checkpoint["data_dir"]
-    model = build(checkpoint)
-    model.load_state_dict(checkpoint["state_dict"])
-    model.eval()
+    model = restore(checkpoint)
 
     # Is it the same network? First the merge itself, then, on all images, the weights that will be written. Both computed
     # in float64: in float32 the unmerged network's own rounding errors can be larger than the merged one's.

@@ -711,14 +711,24 @@ def build(spec):
     return merge(model) if spec["stage"] == "merged" else model
 
 
+def restore(checkpoint):
+    """`build` with the checkpoint's own weights, in eval mode."""
+    model = build(checkpoint)
+    try:
+        model.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        raise UserError(f"this {checkpoint['stage']}'s weights are of blocks of another form: it was written by another version of"
+                        " this project, write it again") from error
+    return model.eval()
+
+
 def load(path, device="cpu"):
     """Opens any stage's checkpoint. Returns (model in eval mode, spec): spec is the checkpoint without its weights, with
     "stage", "model", "model_args", "input_size" (C, H, W), "mean", "std", "classes", and "prune" once it is chosen."""
     checkpoint = read(path, "supernet", "subnet", "merged")
-    model = build(checkpoint)
-    model.load_state_dict(checkpoint["state_dict"])
+    model = restore(checkpoint)
     spec = {key: value for key, value in checkpoint.items() if not key.endswith("state_dict")}
-    return model.to(device).eval(), spec
+    return model.to(device), spec
 
 
 def load_baseline(checkpoint, device="cpu"):
@@ -836,6 +846,8 @@ def make_loader(spec, part, batch_size, device, workers=0, limit=None, share=Fal
     if limit and limit < len(indices):
         indices = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(spec["seed"]))[:limit]]
     rank, world = processes()
+    if len(indices) < world and (share or augment):
+        raise UserError(f"{part}: only {len(indices)} images for {world} processes: each needs one at least")
     if share:
         indices = indices[rank::world]
     random_flags = {"scale": spec["scale"], "auto_augment": augment.aa} if augment else {}

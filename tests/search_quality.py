@@ -22,7 +22,7 @@ from latency import kendall
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from blocks import build, evaluate, make_loader, prunable_blocks, read, recalibrate, set_subnet  # noqa: E402
+from blocks import evaluate, make_loader, prunable_blocks, read, recalibrate, restore, set_subnet  # noqa: E402
 
 stage2 = importlib.import_module("2_search")
 parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -90,16 +90,11 @@ def ranking(args, score, blocks, spec):
 def main():
     args = parser.parse_args()
     spec = read(args.supernet, "supernet")
-    model = build(spec)
-    model.load_state_dict(spec["state_dict"])
-    model.to(memory_format=torch.channels_last)
+    model, plain = (restore(spec).to(memory_format=torch.channels_last) for _ in range(2))
     blocks = list(prunable_blocks(model))
 
     def images(part, limit):  # as stage 2 does by default
         return list(make_loader(spec, part, 128, "cpu", limit=limit))
-
-    plain = build(spec).to(memory_format=torch.channels_last)
-    plain.load_state_dict(spec["state_dict"])
 
     def from_scratch(candidate):
         set_subnet(plain, candidate)

@@ -56,15 +56,15 @@ def assert_same(ours, merged, batch):
     a, b = ours(batch), merged(batch)
     assert a.dtype == b.dtype == torch.float64
     assert (a - a[:1]).abs().mean() > 1e-3, "outputs that do not depend on the image test nothing"
-    assert (a - b).abs().max() <= 1e-10 * max(1, a.std().item())  # without training some logits are in the thousands
+    assert (a - b).abs().max() <= 1e-10
 
 
-def check_network(name, model_args, chosen, sizes):
+def check_network(name, model_args, chosen, sizes, strength=1.0):
     model = create(name, model_args)
     names = make_prunable(model)
     set_subnet(model, chosen(names))
     for size in (32,) if "img_size" in model_args else sizes:
-        randomise(model, images(size, 16))
+        randomise(model, images(size, 16), strength)
         merged = merge(model)
         assert_same(model, merged, images(size))
     assert not any(isinstance(module, (blocks.Prunable, nn.BatchNorm2d)) for module in merged.modules())
@@ -87,7 +87,8 @@ def test_merged_network_is_the_trained_one(name, model_args, share):
 
 @pytest.mark.parametrize("name, model_args", SMALL, ids=[name for name, _ in SMALL])
 def test_other_networks_of_the_families(name, model_args):
-    check_network(name, model_args, lambda names: names, (32, 33))
+    strength = 0.5 if name == "efficientnet_b0" else 1.0  # at 1 its logits, and their rounding errors, are in the thousands
+    check_network(name, model_args, lambda names: names, (32, 33), strength)
 
 
 def downsample(kind, stride):

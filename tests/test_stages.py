@@ -262,6 +262,8 @@ BAD_LATER = {
     "unknown block": ("3_progressive.py", ["--subnet", "block.json"], "no prunable block layer9.0; this model has layer1.0"),
     "other model": ("3_progressive.py", ["--subnet", "model.json"], "is for resnet18"),
     "spec of another model to score": ("2_search.py", ["--score", "model.json"], "is for resnet18"),
+    "supernet of another version": ("2_search.py", ["--supernet", "old.pt"], "was written by another version of this project"),
+    "subnet of another version": ("4_merge.py", ["--subnet", "old.pt"], "was written by another version of this project"),
     "no subnet": ("4_merge.py", ["--subnet", "none.pt"], "none.pt does not exist"),
     "supernet instead": ("4_merge.py", ["--subnet", "RUNS/supernet.pt"], "holds a supernet, this needs a subnet"),
 }
@@ -273,6 +275,9 @@ def test_bad_input_to_later_stages(kind, runs, monkeypatch, tmp_path):
     script, flags, text = BAD_LATER[kind]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "half.pt").write_bytes((runs / "supernet.pt").read_bytes()[:100000])
+    old = blocks.read(runs / f"{'subnet' if script[0] == '4' else 'supernet'}.pt")
+    old["state_dict"] = {key.replace("pruned", "norm_bn"): value for key, value in old["state_dict"].items()}
+    torch.save(old, tmp_path / "old.pt")
     (tmp_path / "text.txt").write_text("{no JSON")
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "block.json").write_text(json.dumps({**SPEC, "prune": ["layer9.0"]}))

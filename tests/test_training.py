@@ -228,6 +228,15 @@ def blocks_args(**flags):
     return argparse.Namespace(**{**vars(parser.parse_args([])), **flags})
 
 
+@one_network
+def test_fewer_images_than_processes(runs, monkeypatch):
+    spec = blocks.read(runs / "supernet.pt")
+    monkeypatch.setattr(blocks, "processes", lambda: (1, 8))
+    for how in ({"limit": 4, "share": True}, {"limit": 4, "augment": blocks_args()}):
+        with pytest.raises(blocks.UserError, match="train: only 4 images for 8 processes"):
+            make_loader(spec, "train", 16, "cpu", **how)
+
+
 def test_spoilt_weights_are_not_saved():
     training = Training(torch.nn.Linear(2, 2), blocks_args(), steps=2)
     training.end_epoch()
