@@ -81,12 +81,12 @@ def merged_on(model, pruned, device):
 
 
 @torch.inference_mode()
-def measure_blocks(model, blocks, images, pairs=4, rounds=3):
+def measure_blocks(model, blocks, images, pairs=4, rounds=9):
     """Median seconds of each block, baseline and merged, and of all the rest, in merged networks on `images`.
 
     Each block is timed where it stands, behind and before what it really meets, in both its forms: in the network with
     nothing pruned, the one with everything pruned, and pairs of a random subnet and its complement. (Timed alone, with
-    its input still in the cache, MobileNetV2's blocks came out up to a quarter wrong.) They take turns."""
+    its input still in the cache, MobileNetV2's blocks came out up to a quarter wrong.) They take short turns."""
     cuda, rng = images.device.type == "cuda", random.Random(0)
 
     def stamp():
@@ -99,39 +99,30 @@ def measure_blocks(model, blocks, images, pairs=4, rounds=3):
     def seconds(start, end):
         return start.elapsed_time(end) / 1e3 if cuda else end - start
 
-    def timed(network):
-        start = stamp()
-        network(images)
-        end = stamp()
-        if cuda:
-            torch.cuda.synchronize()
-        return seconds(start, end)
-
     subnets = [set()] + [{name for name in blocks if rng.random() < 0.5} for _ in range(pairs - 1)]
     subnets += [set(blocks) - subnet for subnet in subnets]
-    times, totals = {(name, pruned): [] for name in blocks for pruned in (False, True)}, [[] for _ in subnets]
-    for subnet, total in progress_bar(list(zip(subnets, totals)) * rounds, "latency", unit="subnet"):
-        network, stamps, spent = merged_on(model, subnet, images.device), [], []
-        warm = min(timed(network) for _ in range(3))
-        runs = max(5, round(0.3 / warm))
-        total.append(statistics.median(timed(network) for _ in range(runs)))
-        for name in blocks:
-            module = network.get_submodule(name)
-            module.register_forward_pre_hook(lambda *_: stamps.append(stamp()))
-            module.register_forward_hook(lambda *_: stamps.append(stamp()))
-        for _ in range(runs):
-            stamps.clear()
-            timed(network)
-            spent.append([seconds(*pair) for pair in zip(stamps[::2], stamps[1::2])])
-        spent = [statistics.median(column) for column in zip(*spent)]
-        for name, t in zip(blocks, spent):
-            times[name, name in subnet].append(t)
+    networks = [merged_on(model, subnet, images.device) for subnet in subnets]
+    totals, stamps = np.array(latencies(networks, images, rounds)), []
+    for network, name in itertools.product(networks, blocks):
+        module = network.get_submodule(name)
+        module.register_forward_pre_hook(lambda *_: stamps.append(stamp()))
+        module.register_forward_hook(lambda *_: stamps.append(stamp()))
+    times = {(name, pruned): [] for name in blocks for pruned in (False, True)}
+    for subnet, network, total in progress_bar(list(zip(subnets, networks, totals)) * rounds, "latency", unit="subnet"):
+        network(images)
+        stamps.clear()
+        for _ in range(max(2, round(0.1 / total))):
+            network(images)
+        if cuda:
+            torch.cuda.synchronize()
+        spent = [seconds(*pair) for pair in zip(stamps[::2], stamps[1::2])]
+        for i, name in enumerate(blocks):
+            times[name, name in subnet].append(statistics.median(spent[i::len(blocks)]))
     # A smaller network keeps more of itself in the cache: all its parts are faster than in a large one, and hooks cost time
     # too. A straight line from the blocks' sums to the networks' totals (least squares of the relative errors) takes account
     # of both, and leaves the costs additive.
     times = {key: statistics.median(values) for key, values in times.items()}
     sums = np.array([sum(times[name, name in subnet] for name in blocks) for subnet in subnets])
-    totals = np.median(totals, 1)
     slope, rest = np.linalg.lstsq(np.stack([sums / totals, 1 / totals], 1), np.ones(len(subnets)), rcond=None)[0].tolist()
     return {"baseline": {name: slope * times[name, False] for name in blocks},
             "merged": {name: slope * times[name, True] for name in blocks}, "rest": rest}

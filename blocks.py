@@ -477,17 +477,15 @@ def cost(model, input_size):
 
 
 @torch.inference_mode()
-def latencies(models, images, rounds=5):
-    """Median seconds per forward pass of each model. They take turns, so that a busy moment of the machine hits all."""
+def latencies(models, images, rounds=9):
+    """Median seconds per forward pass of each model. They take many short turns: a busy moment of the machine hits few."""
     from torch.utils import benchmark  # here, because it may print a warning about CUDA as it is imported
 
-    times = [[] for _ in models]
-    for _ in range(rounds):
-        for model, seconds in zip(models, times):
-            timer = benchmark.Timer("model(images)", globals={"model": model, "images": images},
-                                    num_threads=torch.get_num_threads())  # it would use one
-            seconds.append(timer.blocked_autorange(min_run_time=0.4).median)
-    return [statistics.median(seconds) for seconds in times]
+    timers = [benchmark.Timer("model(images)", globals={"model": model, "images": images},
+                              num_threads=torch.get_num_threads()) for model in models]  # it would use one
+    counts = [max(1, round(0.1 / timer.timeit(3).mean)) for timer in timers]  # a tenth of a second each
+    turns = [[timer.timeit(count).mean for timer, count in zip(timers, counts)] for _ in range(rounds)]
+    return [statistics.median(seconds) for seconds in zip(*turns)]
 
 
 # =====================================================================================================================
