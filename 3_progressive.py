@@ -25,10 +25,10 @@ import torch
 import torch.nn.functional as F
 from timm.utils import random_seed
 
-from blocks import (Epoch, Training, add_training_flags, at_least, check_writable, cost, describe_run, evaluate,
-                    fit_blocks, fraction, label_loss, load_baseline, make_loader, make_mixup, make_prunable, merge,
+from blocks import (Epoch, Training, add_training_flags, at_least, check_writable, cost, create_model, describe_run,
+                    evaluate, fit_blocks, fraction, label_loss, load_baseline, make_loader, make_mixup, make_prunable, merge,
                     pick_device, print_best, print_table, processes, prunable_blocks, read, read_json, read_state,
-                    recalibrate, remove_state, run, save, save_csv, save_state, set_subnet)
+                    recalibrate, remove_state, restore, run, save, save_csv, save_state, set_subnet)
 
 parser = argparse.ArgumentParser(
     description="Stage 3 of 4: trains the subnet from λ = 0 to λ = 1.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -40,6 +40,8 @@ parser.add_argument("--epochs", type=at_least(0), default=6, help="epochs; 0 pru
 parser.add_argument("--transition", type=fraction, default=0.5, metavar="R",
                     help="share of the steps while λ goes from 0 to 1; 0 prunes directly")
 parser.add_argument("--hold", type=fraction, default=0.5, metavar="R", help="share of the steps at the full learning rate")
+parser.add_argument("--start", default="baseline", choices=("baseline", "supernet", "random"),
+                    help="weights to start from; random, with --transition 0, trains the pruned network from scratch")
 parser.add_argument("--distill", type=fraction, default=0.5, metavar="W", help="weight, 0 to 1, of the baseline's soft labels")
 parser.add_argument("--end-act", action=argparse.BooleanOptionalAction, default=None,
                     help="insert an activation at the end of pruned blocks that have none (None: in CNNs of which no block stays, if they are trained)")
@@ -106,13 +108,15 @@ def main():
     state = read_state(args, flags)
     spec["data_dir"] = args.data_dir or spec["data_dir"]
     teacher = load_baseline(spec, device).to(memory_format=torch.channels_last)
-    model = load_baseline(spec)
+    model = create_model(spec["model"], **spec["model_args"]) if args.start == "random" else load_baseline(spec)
     everything = set(subnet["prune"]) == set(make_prunable(copy.deepcopy(model)))
     # What was only fitted is better off without it, and so is what is trained as long as some block is not linear
     spec["end_act"] = False if args.end_act is None and not (everything and args.epochs) else args.end_act
     make_prunable(model, spec["end_act"])
     set_subnet(model, subnet["prune"])  # an unknown block is told here
     prune = spec["prune"] = [name for name in prunable_blocks(model) if name in subnet["prune"]]
+    if args.start == "supernet":
+        model = restore(spec)
     model.to(device, memory_format=torch.channels_last)
     loader = make_loader(spec, "train", args.batch_size, device, args.workers, augment=args)
     val = make_loader(spec, "val", args.batch_size, device, args.workers, share=True)
@@ -129,7 +133,8 @@ def main():
         print(f"{spec['model']}, {len(prune)} blocks pruned, going on after epoch {state['epoch']}")
     else:
         mix = mix_at(0, args.epochs * len(loader), args.transition)
-        if args.calibrate:  # one after the other, each on the inputs that it will see; all at once where these are the baseline's
+        # one after the other, each on the inputs that it will see; all at once where these are the baseline's
+        if args.calibrate and prune and args.start == "baseline":
             fit_blocks(model, [[name] for name in prune] if mix == 1 else [prune], spec, args, device)
         set_subnet(model, prune, mix)
         recalibrate(model, (images for images, _ in make_loader(spec, "train", args.batch_size, device, limit=1024)))
