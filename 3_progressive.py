@@ -7,6 +7,7 @@ runs/subnet.csv has a row per epoch, and while the stage runs, runs/subnet.pt.la
     python 3_progressive.py --epochs 0                              # no training
     python 3_progressive.py --epochs 30 --transition 0.5 --lr 5e-4
     python 3_progressive.py --transition 0                          # direct pruning, to compare with
+    python 3_progressive.py --transition 0 --start random           # from scratch, to compare with
     python 3_progressive.py --subnet my.json --supernet runs/supernet.pt
     torchrun --nproc-per-node 8 3_progressive.py --amp --workers 8
 

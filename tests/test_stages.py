@@ -76,6 +76,31 @@ def test_pruning_without_training(runs, monkeypatch, tmp_path):
                  "--out", tmp_path / "merged.pt") is None
 
 
+@one_network
+def test_weights_to_start_from(runs, monkeypatch, tmp_path):
+    """--start, and a spec that prunes nothing: the baseline trained on."""
+    checkpoint = blocks.read(runs / "supernet.pt")
+    names = list(blocks.prunable_blocks(blocks.build(checkpoint)))
+
+    def start(out, prune, *flags):
+        (tmp_path / "spec.json").write_text(json.dumps({"format": 1, "model": checkpoint["model"], "prune": prune}))
+        assert stage(monkeypatch, "3_progressive.py", "--supernet", runs / "supernet.pt", "--subnet", tmp_path / "spec.json",
+                     "--workers", 0, *flags, "--out", tmp_path / out) is None
+        return dict(load(tmp_path / out)[0].named_parameters())
+
+    supernet = start("supernet.pt", names[:2], "--epochs", 0, "--start", "supernet")
+    restored = dict(load(runs / "supernet.pt")[0].named_parameters())
+    assert all(torch.equal(restored[name], weight) for name, weight in supernet.items())
+    stem = next(iter(restored))
+    chance = [start("random.pt", names, "--epochs", 0, "--start", "random", "--seed", seed)[stem] for seed in (0, 0, 1)]
+    assert torch.equal(chance[0], chance[1]) and not torch.equal(chance[0], chance[2])
+    assert not torch.equal(chance[0], checkpoint["baseline_state_dict"][stem])
+    start("control.pt", [], "--epochs", 1)
+    assert load(tmp_path / "control.pt")[1]["prune"] == []
+    assert stage(monkeypatch, "4_merge.py", "--subnet", tmp_path / "control.pt", "--workers", 0, "--batch-size", 2,
+                 "--out", tmp_path / "merged.pt") is None
+
+
 def test_supernet_keeps_the_baseline_as_it_was(runs):
     checkpoint = blocks.read(runs / "supernet.pt")
     model = timm.create_model(checkpoint["model"], **checkpoint["model_args"])

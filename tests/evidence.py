@@ -1,0 +1,126 @@
+"""Does progressive depth pruning beat direct pruning? One supernet's subnets, trained in several ways by stage 3.
+
+    python tests/evidence.py --supernet runs/supernet.pt --out runs/evidence --seeds 0 1 2 --epochs 4 --lr 1e-3
+    python tests/evidence.py --rows progressive "no soft labels" --thirds 2             # only these
+
+A third, two thirds and all of the prunable blocks, as stage 2 picks them. Flags that this script does not know go to every
+run of stage 3. Runs that are in --out already are not repeated, one that was stopped goes on: other flags need another --out.
+"""
+import argparse
+import json
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+from blocks import cost, create_model, latencies, load, load_baseline, make_prunable, merge, print_table, read  # noqa: E402
+
+ROWS = {  # which blocks, and what is added to stage 3's flags
+    "control": ("none", []),  # the baseline, trained on for as long and in the same way
+    "direct": ("searched", ["--transition", "0"]),
+    "progressive": ("searched", []),
+    "from scratch": ("searched", ["--start", "random", "--transition", "0"]),
+    "progressive, random blocks": ("random", []),
+    # ablations
+    "no soft labels": ("searched", ["--distill", "0"]),
+    "from the supernet": ("searched", ["--start", "supernet"]),
+    "from the supernet, direct": ("searched", ["--start", "supernet", "--transition", "0"]),
+    "not fitted": ("searched", ["--calibrate", "0"]),
+    "not fitted, direct": ("searched", ["--calibrate", "0", "--transition", "0"]),
+    "end activation": ("searched", ["--end-act"]),
+    "no end activation": ("searched", ["--no-end-act"]),
+}
+parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+parser.add_argument("--supernet", default="runs/supernet.pt")
+parser.add_argument("--out", default="runs/evidence", help="folder for all files")
+parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS)[:5])
+parser.add_argument("--thirds", type=int, nargs="+", choices=(1, 2, 3), help="sizes for all rows (None: two thirds for the last"
+                    " two of the default rows and for the ablations, all three for the others)")
+parser.add_argument("--latency-batch", type=int, default=16)
+parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def stage(script, *flags):
+    subprocess.run([sys.executable, os.path.join(ROOT, script), *map(str, flags)], check=True)
+
+
+def main():
+    args, more = parser.parse_known_args()
+    spec = read(args.supernet, "supernet")
+    blocks = make_prunable(create_model(spec["model"], **spec["model_args"]))
+    sizes = [round(len(blocks) * third / 3) for third in (1, 2, 3)]
+
+    def path(name):
+        return os.path.join(args.out, name.replace(" ", "_").replace(",", ""))
+
+    def write(name, prune):
+        with open(path(name), "w", encoding="utf-8") as file:
+            json.dump({"format": 1, "model": spec["model"], "prune": prune}, file)
+
+    os.makedirs(args.out, exist_ok=True)
+    searched = [path(f"searched-{size}.json") for size in sizes]
+    if not all(map(os.path.exists, searched)):
+        write(f"searched-{sizes[2]}.json", blocks)
+        stage("2_search.py", "--supernet", args.supernet, "--prune", *sizes[:2], "--device", args.device, "--out", path("searched.json"))
+    write("none-0.json", [])
+
+    results = {}  # (row, number of blocks) -> top-1 for each seed
+    for seed in args.seeds:
+        for row in args.rows:
+            kind, flags = ROWS[row]
+            thirds = args.thirds or ((1, 2, 3) if row in list(ROWS)[:3] else (2,))
+            for size in [0] if kind == "none" else [sizes[third - 1] for third in thirds]:
+                if kind == "random":
+                    write(f"random-{size}.json", random.Random(seed).sample(blocks, size))
+                out = path(f"{row}-{size}-{seed}.pt")
+                if not os.path.exists(out):
+                    print(f"\n{row}, {size} of {len(blocks)}, seed {seed}", flush=True)
+                    stage("3_progressive.py", "--supernet", args.supernet, "--subnet", path(f"{kind}-{size}.json"),
+                          "--seed", seed, "--device", args.device, *flags, *more, "--resume", "--out", out)
+                results.setdefault((row, size), []).append(read(out, "subnet")["subnet"]["top1"])
+
+    # Costs and latencies of the merged networks, in turns; the rows of one size differ in their weights only
+    baseline = load_baseline(spec)
+    networks, names = [baseline, merge(baseline)], {}
+    for (row, size) in results:
+        if (size and "random" not in row):
+            names.setdefault(size, path(f"{row}-{size}-{args.seeds[0]}.pt"))
+    networks += [merge(load(name)[0]) for name in names.values()]
+    costs = [cost(network, spec["input_size"]) for network in networks]
+    images = torch.randn(args.latency_batch, *spec["input_size"], device=args.device).to(memory_format=torch.channels_last)
+    seconds = latencies([network.to(args.device, memory_format=torch.channels_last) for network in networks], images)
+    about = dict(zip([0, "folded", *names], zip(costs, seconds)))
+
+    def spread(values):
+        return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+    print(f"\n{spec['model']} at {spec['input_size'][-1]} px, baseline {spec['baseline']['top1']:.2f} %; seeds {args.seeds},"
+          f" {' '.join(more)}; latency of {args.latency_batch} images on {args.device}, {torch.get_num_threads()} threads,"
+          f" torch {torch.__version__}; baseline with BN folded {seconds[1] * 1e3:.2f} ms\n")
+    rows = []
+    for (row, size), top1 in results.items():
+        known = about.get(size) if "random" not in row else None
+        control = results.get(("control", 0))
+        rows.append((row, f"{size} of {len(blocks)}", spread(top1),
+                     spread([a - b for a, b in zip(top1, control)]) if control and size else "",
+                     *((f"{known[0]['params'] / 1e6:.3f}", f"{known[0]['macs'] / 1e6:.1f}", f"{known[1] * 1e3:.2f}",
+                        f"{seconds[0] / known[1]:.2f}x", f"{seconds[1] / known[1]:.2f}x",
+                        f"{costs[0]['macs'] / known[0]['macs']:.2f}x") if known else [""] * 6)))
+    print_table(("", "pruned", "top-1 (%)", "minus control", "params (M)", "MACs (M)", "ms", "speed-up", "of folded", "by MACs"), rows)
+    for size in sizes:
+        pair = [results.get((row, size)) for row in ("progressive", "direct")]
+        if all(pair):
+            gains = [a - b for a, b in zip(*pair)]
+            error = f", standard error {statistics.stdev(gains) / math.sqrt(len(gains)):.2f}" if len(gains) > 1 else ""
+            print(f"progressive minus direct, {size} of {len(blocks)}: {statistics.mean(gains):+.2f}{error}")
+
+
+if __name__ == "__main__":
+    main()
