@@ -5,7 +5,7 @@ runs/subnet.csv has a row per epoch, and while the stage runs, runs/subnet.pt.la
 
     python 3_progressive.py
     python 3_progressive.py --epochs 0                              # no training
-    python 3_progressive.py --epochs 30 --transition 0.5 --lr 5e-4
+    python 3_progressive.py --epochs 30 --transition 0.5 --lr 1e-3
     python 3_progressive.py --transition 0                          # direct pruning, to compare with
     python 3_progressive.py --transition 0 --start random           # from scratch, to compare with
     python 3_progressive.py --subnet my.json --supernet runs/supernet.pt
@@ -38,7 +38,7 @@ parser.add_argument("--subnet", default="runs/subnet.json", metavar="FILE", help
 parser.add_argument("--data-dir", metavar="DIR", help="where the images are (None: where stage 1 found them)")
 # training
 parser.add_argument("--epochs", type=at_least(0), default=6, help="epochs; 0 prunes without training")
-parser.add_argument("--transition", type=fraction, default=0.5, metavar="R",
+parser.add_argument("--transition", type=fraction, default=0.25, metavar="R",
                     help="share of the steps while λ goes from 0 to 1; 0 prunes directly")
 parser.add_argument("--hold", type=fraction, default=0.5, metavar="R", help="share of the steps at the full learning rate")
 parser.add_argument("--start", default="baseline", choices=("baseline", "supernet", "random"),
@@ -134,9 +134,8 @@ def main():
         print(f"{spec['model']}, {len(prune)} blocks pruned, going on after epoch {state['epoch']}")
     else:
         mix = mix_at(0, args.epochs * len(loader), args.transition)
-        # one after the other, each on the inputs that it will see; all at once where these are the baseline's
-        if args.calibrate and prune and args.start == "baseline":
-            fit_blocks(model, [[name] for name in prune] if mix == 1 else [prune], spec, args, device)
+        if args.calibrate and prune and args.start == "baseline":  # one after the other, each on the inputs that it will see
+            fit_blocks(model, [[name] for name in prune], spec, args, device)
         set_subnet(model, prune, mix)
         recalibrate(model, (images for images, _ in make_loader(spec, "train", args.batch_size, device, limit=1024)))
         result = report(model)

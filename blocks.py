@@ -438,17 +438,28 @@ def fit(model, names, batches, pruned=(), ridge=1e-2, pixels=8192):
     batch: memory does not grow with the number of batches. `ridge`, a share of each input's variance, pulls towards a block
     that is its skip alone, and makes every system solvable. (ReplaceMe, NeurIPS 2025, fits linear maps like this in
     the place of language transformers' blocks.)"""
+    class Reached(Exception):
+        pass
+
+    def hook(block, args):
+        seen[block] = args[0]
+        if len(seen) == len(names):  # the rest of the network need not run
+            raise Reached
+
+    def reach(images, pruned):
+        """{block: its input}"""
+        seen.clear()
+        set_subnet(model, pruned)
+        with contextlib.suppress(Reached):
+            model(images)
+        return seen
+
     blocks, sums, rng, seen = prunable_blocks(model), {}, torch.Generator().manual_seed(0), {}
     model.eval()
-    hooks = [blocks[name].register_forward_pre_hook(lambda block, args: seen.update({block: args[0]})) for name in names]
+    hooks = [blocks[name].register_forward_pre_hook(hook) for name in names]
     for images in batches:
-        set_subnet(model, [])
-        model(images)
-        wanted = {block: block.linear_part(x) for block, x in seen.items()}
-        if pruned:
-            set_subnet(model, pruned)
-            model(images)
-        for block, x in seen.items():
+        wanted = {block: block.linear_part(x) for block, x in reach(images, []).items()}
+        for block, x in (reach(images, pruned) if pruned else seen).items():
             inputs, outputs = block.linear_inputs(x), pixel_rows(wanted[block] - block.skip_part(x))
             some = torch.randperm(len(inputs), generator=rng)[:pixels].to(x.device)
             inputs = F.pad(inputs[some].double(), (0, 1), value=1.0)  # a constant, for the bias

@@ -2,6 +2,7 @@
 
     python tests/search_quality.py --supernet runs/supernet.pt --prune 6
     python tests/search_quality.py --supernet runs/supernet.pt --train 12 --epochs 4     # and is its score the right one?
+    python tests/search_quality.py --supernet fitted.pt trained.pt --train 10 --any-size # whose score is better?
 
 The first scores all subnets with --prune blocks and ranks what the genetic search picks among them, beside random search
 with as many evaluations. --train runs stage 3 on random subnets and compares its top-1 with their scores in the supernet.
@@ -22,11 +23,11 @@ from latency import kendall
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from blocks import evaluate, make_loader, prunable_blocks, read, recalibrate, restore, set_subnet  # noqa: E402
+from blocks import evaluate, load, make_loader, prunable_blocks, read, recalibrate, restore, set_subnet  # noqa: E402
 
 stage2 = importlib.import_module("2_search")
 parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-parser.add_argument("--supernet", default="runs/supernet.pt")
+parser.add_argument("--supernet", nargs="+", default=["runs/supernet.pt"], help="with --train, scores of all of them are compared")
 parser.add_argument("--prune", type=int, default=6, help="blocks to prune")
 parser.add_argument("--population", type=int, default=16)
 parser.add_argument("--share", type=float, default=0.2, help="largest share of the space that a search may score")
@@ -65,7 +66,7 @@ def search_quality(args, score, blocks, from_scratch):
     print(f"loss from {best['loss']:.4f} to {worst['loss']:.4f}, top-1 of those {best['top1']:.2f} and {worst['top1']:.2f} %")
 
 
-def ranking(args, score, blocks, spec):
+def ranking(args, scores, blocks, spec):
     rng, rows = random.Random(0), []
     os.makedirs(args.out, exist_ok=True)
     for i in range(args.train):
@@ -74,24 +75,26 @@ def ranking(args, score, blocks, spec):
         path = os.path.join(args.out, f"{'any' if args.any_size else size}-{i}")
         with open(path + ".json", "w", encoding="utf-8") as file:
             json.dump({"format": 1, "model": spec["model"], "prune": prune}, file)
-        subprocess.run([sys.executable, os.path.join(ROOT, "3_progressive.py"), "--supernet", args.supernet, "--subnet",
+        subprocess.run([sys.executable, os.path.join(ROOT, "3_progressive.py"), "--supernet", args.supernet[0], "--subnet",
                         path + ".json", "--epochs", args.epochs, "--workers", "1", "--resume", "--out", path + ".pt"], check=True)
-        top1, result = read(path + ".pt")["subnet"]["top1"], score(frozenset(prune))
-        rows.append((result["loss"], result["top1"], top1, size))
-        print(f"{i:3}  {size:2} pruned   supernet: loss {result['loss']:.4f}, top-1 {result['top1']:.2f} %   after stage 3 {top1:.2f} %"
-              f"   {' '.join(prune)}", flush=True)
-    n, (losses, top1s, trained, sizes) = len(rows), zip(*rows)
-    print(f"Kendall's tau with top-1 after {args.epochs} epochs of stage 3, {n} subnets: of the supernet's loss"
-          f" {-kendall(losses, trained):.2f}, of its top-1 {kendall(top1s, trained):.2f},"
-          f" of the number of blocks kept {-kendall(sizes, trained):.2f} (standard deviation if there were no"
-          f" relation: {math.sqrt(2 * (2 * n + 5) / (9 * n * (n - 1))):.2f})")
+        top1, results = read(path + ".pt")["subnet"]["top1"], [score(frozenset(prune)) for score in scores]
+        rows.append((top1, size, results))
+        print(f"{i:3}  {size:2} pruned   supernet: " + "; ".join(f"loss {r['loss']:.4f}, top-1 {r['top1']:.2f} %" for r in results)
+              + f"   after stage 3 {top1:.2f} %   {' '.join(prune)}", flush=True)
+    n, (trained, sizes, results) = len(rows), zip(*rows)
+    print(f"Kendall's tau with top-1 after {args.epochs} epochs of stage 3, {n} subnets: of the number of blocks kept"
+          f" {-kendall(sizes, trained):.2f} (standard deviation if there were no relation:"
+          f" {math.sqrt(2 * (2 * n + 5) / (9 * n * (n - 1))):.2f})")
+    for name, column in zip(args.supernet, zip(*results)):
+        print(f"of {name}'s loss {-kendall([r['loss'] for r in column], trained):.2f},"
+              f" of its top-1 {kendall([r['top1'] for r in column], trained):.2f}")
 
 
 def main():
     args = parser.parse_args()
-    spec = read(args.supernet, "supernet")
-    model, plain = (restore(spec).to(memory_format=torch.channels_last) for _ in range(2))
-    blocks = list(prunable_blocks(model))
+    spec = read(args.supernet[0], "supernet")
+    plain = restore(spec).to(memory_format=torch.channels_last)
+    blocks = list(prunable_blocks(plain))
 
     def images(part, limit):  # as stage 2 does by default
         return list(make_loader(spec, part, 128, "cpu", limit=limit))
@@ -101,11 +104,12 @@ def main():
         recalibrate(plain, [batch for batch, _ in images("train", 512)])
         return evaluate(plain, images("holdout", 2000))
 
-    score = stage2.make_score(model, blocks, [batch for batch, _ in images("train", 512)], images("holdout", 2000))
+    scores = [stage2.make_score(load(path)[0].to(memory_format=torch.channels_last), blocks,
+                                [batch for batch, _ in images("train", 512)], images("holdout", 2000)) for path in args.supernet]
     if args.train:
-        ranking(args, score, blocks, spec)
+        ranking(args, scores, blocks, spec)
     else:
-        search_quality(args, score, blocks, from_scratch)
+        search_quality(args, scores[0], blocks, from_scratch)
 
 
 if __name__ == "__main__":

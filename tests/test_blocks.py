@@ -1,5 +1,6 @@
 """Blocks and merge: λ = 0 is timm's network bit for bit, λ = 1 is the merged network to float64 rounding."""
 import copy
+import os
 
 import pytest
 import timm
@@ -89,6 +90,13 @@ def test_merged_network_is_the_trained_one(name, model_args, share):
 def test_other_networks_of_the_families(name, model_args):
     strength = 0.5 if name == "efficientnet_b0" else 1.0  # at 1 its logits, and their rounding errors, are in the thousands
     check_network(name, model_args, lambda names: names, (32, 33), strength)
+
+
+@pytest.mark.parametrize("choice", "ABDF")
+def test_choices_of_blocks_by_depthshrinker(choice):
+    """Fu et al., "DepthShrinker", ICML 2022: which inverted residuals of MobileNetV2-1.4 stay as they are."""
+    spec = blocks.read_json(os.path.join(os.path.dirname(__file__), "specs", f"depthshrinker-{choice}.json"))
+    check_network(spec["model"], {}, lambda names: spec["prune"], (33,))
 
 
 def downsample(kind, stride):
