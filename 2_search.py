@@ -102,7 +102,7 @@ def measure_blocks(model, blocks, images, pairs=4, rounds=9):
     subnets = [set()] + [{name for name in blocks if rng.random() < 0.5} for _ in range(pairs - 1)]
     subnets += [set(blocks) - subnet for subnet in subnets]
     networks = [merged_on(model, subnet, images.device) for subnet in subnets]
-    totals, stamps = np.array(latencies(networks, images, rounds)), []
+    totals, stamps = latencies(networks, images, rounds)[:, 1], []
     for network, name in itertools.product(networks, blocks):
         module = network.get_submodule(name)
         module.register_forward_pre_hook(lambda *_: stamps.append(stamp()))
@@ -406,7 +406,7 @@ def main():
         timed = ""
         if args.latency and processes()[0] == 0:
             images = torch.randn(args.latency_batch, *spec["input_size"], device=device).to(memory_format=torch.channels_last)
-            seconds = latencies([merged_on(build(spec), subnet, device) for subnet in ([], prune)], images)
+            seconds = latencies([merged_on(build(spec), subnet, device) for subnet in ([], prune)], images)[:, 1]
             result["timed_latency"] = dict(zip(("baseline", "merged"), seconds))
             timed = (f"\nlatency: predicted {merged['latency'] / whole['latency']:.3f} of the baseline's, the merged network"
                      f" itself {seconds[1] / seconds[0]:.3f}")

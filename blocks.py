@@ -38,7 +38,6 @@ import json
 import math
 import os
 import random
-import statistics
 import sys
 import time
 import zlib
@@ -489,14 +488,15 @@ def cost(model, input_size):
 
 @torch.inference_mode()
 def latencies(models, images, rounds=9):
-    """Median seconds per forward pass of each model. They take many short turns: a busy moment of the machine hits few."""
+    """Seconds per forward pass, lower quartile, median and upper quartile for each model: an array (models, 3). They take
+    many short turns: a busy moment of the machine hits few."""
     from torch.utils import benchmark  # here, because it may print a warning about CUDA as it is imported
 
     timers = [benchmark.Timer("model(images)", globals={"model": model, "images": images},
                               num_threads=torch.get_num_threads()) for model in models]  # it would use one
     counts = [max(1, round(0.1 / timer.timeit(3).mean)) for timer in timers]  # a tenth of a second each
     turns = [[timer.timeit(count).mean for timer, count in zip(timers, counts)] for _ in range(rounds)]
-    return [statistics.median(seconds) for seconds in zip(*turns)]
+    return np.quantile(turns, (0.25, 0.5, 0.75), axis=0).T
 
 
 # =====================================================================================================================

@@ -95,7 +95,7 @@ def main():
     networks += [merge(load(name)[0]) for name in names.values()]
     costs = [cost(network, spec["input_size"]) for network in networks]
     images = torch.randn(args.latency_batch, *spec["input_size"], device=args.device).to(memory_format=torch.channels_last)
-    seconds = latencies([network.to(args.device, memory_format=torch.channels_last) for network in networks], images)
+    seconds = latencies([network.to(args.device, memory_format=torch.channels_last) for network in networks], images)[:, 1]
     about = dict(zip([0, "folded", *names], zip(costs, seconds)))
 
     def spread(values):

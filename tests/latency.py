@@ -60,7 +60,7 @@ def main():
             timed, share = [], [predicted(subnet) / predicted(()) for subnet in subnets[1:]]
             for i in range(1, len(subnets), 3):
                 networks = [search.merged_on(model, subnet, device) for subnet in subnets[:1] + subnets[i:i + 3]]
-                seconds = latencies(networks, images)
+                seconds = latencies(networks, images)[:, 1]
                 timed += [t / seconds[0] for t in seconds[1:]]
             errors = [abs(p / t - 1) for p, t in zip(share, timed)]
             print(f"{name:24} batch {batch:3}   baseline {predicted(()) * 1e3:7.1f} ms   shares {min(timed):.2f} to {max(timed):.2f}"

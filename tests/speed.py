@@ -52,7 +52,7 @@ def main():
         seconds = []
         for batch in args.batch_sizes:
             images = torch.randn(batch, 3, args.img_size, args.img_size, device=device)
-            seconds.append(latencies(networks, images.to(memory_format=torch.channels_last)))
+            seconds.append(latencies(networks, images.to(memory_format=torch.channels_last))[:, 1])
         rows = [(label, f"{c['params'] / 1e6:.2f}", f"{c['macs'] / 1e6:.0f}", f"{costs[0]['macs'] / c['macs']:.2f}x",
                  *(text for times in seconds for text in (
                      f"{times[i] * 1e3:.2f}", f"{times[0] / times[i]:.2f}x / {times[1] / times[i]:.2f}x")))

@@ -1,5 +1,5 @@
 """The four stages, run from a shell as a person would, on small pictures and small networks of each family."""
-import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -132,6 +132,40 @@ def test_export_runs_without_this_repository(runs, tmp_path):
                           cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-1] == spec["model"]
+
+
+@pytest.mark.parametrize("runs", ["test_convnext", "test_vit"], indirect=True)
+def test_exports_that_normalise_and_a_table_as_a_file(runs, monkeypatch, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    assert stage(monkeypatch, "4_merge.py", "--subnet", runs / "subnet.pt", "--out", tmp_path / "merged.pt", "--workers", 0,
+                 "--batch-size", 1, 3, "--fold-normalization", "--onnx", "--json", tmp_path / "table.json") is None
+    merged, spec = load(tmp_path / "merged.pt")
+    files = {"spec.json": ""}
+    program = torch.export.load(tmp_path / "merged.pt2", extra_files=files).module()
+    about = json.loads(files["spec.json"])
+    assert about["mean"] == [0, 0, 0] and about["std"] == [1, 1, 1] and spec["std"] != [1, 1, 1]
+    session = onnxruntime.InferenceSession(tmp_path / "merged.onnx")
+    assert json.loads(session.get_modelmeta().custom_metadata_map["spec"]) == about
+    mean, std = (torch.tensor(spec[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    for images in (torch.rand(5, *spec["input_size"]), torch.rand(1, *spec["input_size"])):
+        with torch.no_grad():
+            expected = merged((images - mean) / std)
+        for logits in (program(images), torch.from_numpy(session.run(None, {"images": images.numpy()})[0])):
+            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4 * expected.std().item())
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert [(row["network"], row["batch"]) for row in rows] == [
+        (name, batch) for batch in (1, 3) for name in ("baseline", "baseline, BN folded", "merged")]
+    assert all(row["quartiles"][0] <= row["seconds"] <= row["quartiles"][1] and row["memory"] > 4 * row["params"] for row in rows)
+    assert rows[2]["top1"] == spec["subnet"]["top1"] and {key: rows[2][key] for key in ("params", "macs")} == cost(
+        merged, spec["input_size"])
+
+
+@one_network
+def test_onnx_needs_more_packages(runs, monkeypatch, tmp_path):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if "onnx" in name else find(name, *more))
+    said = stage(monkeypatch, "4_merge.py", "--subnet", runs / "subnet.pt", "--out", tmp_path / "merged.pt", "--onnx")
+    assert said == "error: --onnx needs more packages: pip install onnx onnxscript" and os.listdir(tmp_path) == []
 
 
 # ---- in this process: what needs no shell --------------------------------------------------------------------------
