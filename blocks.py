@@ -144,8 +144,8 @@ class MergedBlock(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Prunable:
-    """What the four families share. A family names its timm class and says which blocks `fits()`, builds the pruned form
-    (`prepare`), runs it (`forward_pruned`) and merges it (`merged`). For `fit` it tells what is added to the pruned form's
+    """What the four families share. A family names its timm class, tells what stands against pruning a block
+    (`obstacle`), builds the pruned form (`prepare`), runs it (`forward_pruned`) and merges it (`merged`). For `fit` it tells what is added to the pruned form's
     output (`skip_part`) and what its linear layer works on, as rows (`linear_inputs`).
 
     The pruned form is `self.pruned`, linear layers and a BatchNorm of its own: nothing that the baseline block has is
@@ -161,8 +161,8 @@ class Prunable:
         return y if self.end_act is None else self.end_act(y)
 
     @staticmethod
-    def fits(block):
-        return True
+    def obstacle(block):
+        """Why a block of the class is not prunable, None where it is."""
 
     def linear_inputs(self, x):
         return patches(self.pruned[0], x)
@@ -213,8 +213,8 @@ class PrunableBasicBlock(Prunable, resnet.BasicBlock):
     added = ("pruned",)  # its own act2 is the end activation
 
     @staticmethod
-    def fits(block):
-        return isinstance(block.aa, nn.Identity) and block.conv1.kernel_size == (3, 3)
+    def obstacle(block):
+        return None if isinstance(block.aa, nn.Identity) else "anti-aliasing inside"
 
     def prepare(self, end_act):
         self.pruned = conv_bn(self.conv1, self.conv1.in_channels, self.conv2.out_channels)
@@ -252,15 +252,17 @@ class PrunableInvertedResidual(Prunable, _efficientnet_blocks.InvertedResidual):
     timm_class = _efficientnet_blocks.InvertedResidual
 
     @staticmethod
-    def fits(block):
+    def obstacle(block):
         pw, dw, pwl = block.conv_pw, block.conv_dw, block.conv_pwl
-        if not (getattr(block, "conv_s2d", None) is None and isinstance(block.aa, nn.Identity)
-                and all(isinstance(conv, nn.Conv2d) for conv in (pw, dw, pwl)) and dw.kernel_size[0] % 2 == 1):
-            return False
+        if not isinstance(block.aa, nn.Identity):
+            return "anti-aliasing inside"
+        if getattr(block, "conv_s2d", None) is not None or not all(isinstance(conv, nn.Conv2d) for conv in (pw, dw, pwl)):
+            return "convs of another kind inside (mixed, conditional, space-to-depth)"
         # MACs per output pixel; a dense 5x5 is often dearer than what it replaces
         taps, s2 = math.prod(dw.kernel_size), math.prod(dw.stride)
         baseline = s2 * pw.weight.numel() + dw.weight.numel() + pwl.weight.numel()
-        return taps * pw.in_channels * pwl.out_channels < baseline
+        if dw.kernel_size[0] % 2 == 0 or taps * pw.in_channels * pwl.out_channels >= baseline:
+            return f"a dense {dw.kernel_size[0]}x{dw.kernel_size[1]} conv would be dearer"
 
     def prepare(self, end_act):
         self.pruned = conv_bn(self.conv_dw, self.conv_pw.in_channels, self.conv_pwl.out_channels)
@@ -314,8 +316,8 @@ class PrunableViTBlock(Prunable, vision_transformer.Block):
     end_act_default = False  # the attention's softmax keeps the network nonlinear
 
     @staticmethod
-    def fits(block):
-        return isinstance(getattr(block.mlp, "fc2", None), nn.Linear)
+    def obstacle(block):
+        return None if isinstance(getattr(block.mlp, "fc2", None), nn.Linear) else f"{type(block.mlp).__name__} as its MLP"
 
     def prepare(self, end_act):
         like = self.mlp.fc2.weight
@@ -363,12 +365,12 @@ def make_prunable(model, end_act=None):
     Call it after the weights are loaded: ConvNeXt's pruned form starts with a copy of the depthwise conv."""
     for module in list(model.modules()):
         for family in FAMILIES:
-            if type(module) is family.timm_class and family.fits(module):
+            if type(module) is family.timm_class and not family.obstacle(module):
                 module.__class__, module.mix = family, 0.0
                 module.prepare(family.end_act_default if end_act is None else end_act)
     if not prunable_blocks(model):
-        raise UserError(f"{type(model).__name__} has no prunable block: use a ResNet of basic blocks (resnet18, resnet34),"
-                        " a mobilenetv2_*, efficientnet_*, convnext*, deit_* or vit_*")
+        raise UserError(f"{type(model).__name__} has no prunable block{listed(obstacles(model))}: use a ResNet of basic blocks"
+                        " (resnet18, resnet34), a mobilenetv2_*, efficientnet_*, convnext*, deit_* or vit_*")
     return list(prunable_blocks(model))
 
 
@@ -377,11 +379,23 @@ def prunable_blocks(model):
     return {path: module for path, module in model.named_modules() if isinstance(module, Prunable)}
 
 
+def obstacles(model):
+    """{module path: why it is not prunable}, of the blocks that belong to the families and were left as they are."""
+    return {path: reason for path, module in model.named_modules() for family in FAMILIES
+            if type(module) is family.timm_class and (reason := family.obstacle(module))}
+
+
+def listed(reasons):
+    return "".join(f"; {reason}: {', '.join(path for path in reasons if reasons[path] == reason)}"
+                   for reason in dict.fromkeys(reasons.values()))
+
+
 def set_subnet(model, pruned, mix=1.0):
     """Puts the blocks named in `pruned` (module paths) at λ = mix, 0 to 1, and all others at λ = 0."""
     blocks, pruned = prunable_blocks(model), set(pruned)
     if unknown := sorted(pruned - blocks.keys()):
-        raise UserError(f"no prunable block {', '.join(unknown)}; this model has {', '.join(blocks)}")
+        reasons = {path: reason for path, reason in obstacles(model).items() if path in unknown}
+        raise UserError(f"no prunable block {', '.join(unknown)}{listed(reasons)}; this model has {', '.join(blocks)}")
     if not 0 <= mix <= 1:
         raise ValueError(f"λ goes from 0 to 1, not {mix}")
     for path, block in blocks.items():

@@ -320,3 +320,15 @@ def test_unknown_blocks_are_named():
     make_prunable(model)
     with pytest.raises(UserError, match="no prunable block layer3.0; this model has layer1.0, layer2.0, layer4.0"):
         set_subnet(model, ["layer1.0", "layer3.0"])
+
+
+def test_blocks_that_cannot_merge_are_named_and_the_others_stay_prunable():
+    model = timm.create_model("resnet18", aa_layer=timm.layers.BlurPool2d)
+    names = make_prunable(model)
+    assert len(names) == 5 and "layer2.0" not in names
+    with pytest.raises(UserError, match="no prunable block layer2.0; anti-aliasing inside: layer2.0; this model has layer1.0"):
+        set_subnet(model, ["layer2.0"])
+    with pytest.raises(UserError, match=r"inside \(mixed, conditional, space-to-depth\): blocks.1.0, blocks.1.1"):
+        make_prunable(timm.create_model("mixnet_s"))
+    with pytest.raises(UserError, match="has no prunable block; a dense 5x5 conv would be dearer: 0: use"):
+        make_prunable(nn.Sequential(InvertedResidual(8, 8, dw_kernel_size=5, exp_ratio=2)))
