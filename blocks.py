@@ -126,6 +126,16 @@ def patches(conv, x):
     return pixel_rows(conv_like(conv, one_tap, None, groups=conv.in_channels)(x))
 
 
+def linear_with_skip(bn, linear):
+    """One linear layer that does x + linear(bn(x)), in eval mode."""
+    scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
+    bias = linear.bias + linear.weight @ (bn.bias - bn.running_mean * scale)
+    linear = copy.deepcopy(linear)
+    linear.weight = nn.Parameter(linear.weight * scale + torch.eye(len(bias)).to(bias))
+    linear.bias = nn.Parameter(bias)
+    return linear
+
+
 class MergedBlock(nn.Module):
     """act(main(x) + skip(x)), of plain layers only. What `fuse()` returns; skip is None where it is folded in."""
 
@@ -268,7 +278,7 @@ class PrunableInvertedResidual(Prunable, _efficientnet_blocks.InvertedResidual):
         self.pruned = conv_bn(self.conv_dw, self.conv_pw.in_channels, self.conv_pwl.out_channels)
         if not self.has_skip:  # a random conv, as nothing else would be left
             nn.init.ones_(self.pruned[1].weight)
-        self.end_act = copy.deepcopy(self.bn2.act) if end_act else None
+        self.end_act = copy.deepcopy(getattr(self.bn2, "act", nn.ReLU())) if end_act else None  # EvoNorm has none of its own
 
     def skip_part(self, x):
         return x if self.has_skip else 0
@@ -338,15 +348,8 @@ class PrunableViTBlock(Prunable, vision_transformer.Block):
         return self.skip_part(x).flatten(0, 1)
 
     def merged(self):
-        bn, linear = self.pruned
-        scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
-        bias = linear.bias + linear.weight @ (bn.bias - bn.running_mean * scale)
-        merged = nn.Linear(1, 1)
-        merged.in_features = merged.out_features = len(bias)
-        merged.weight = nn.Parameter(linear.weight * scale + torch.eye(len(bias)).to(bias))
-        merged.bias = nn.Parameter(bias)
         return nn.Sequential(MergedBlock(nn.Sequential(self.norm1, self.attn, self.ls1), nn.Identity()),
-                             MergedBlock(merged, act=self.end_act))
+                             MergedBlock(linear_with_skip(*self.pruned), act=self.end_act))
 
 
 FAMILIES = (PrunableBasicBlock, PrunableInvertedResidual, PrunableConvNeXtBlock, PrunableViTBlock)

@@ -12,6 +12,10 @@ sys.path.insert(0, ROOT)
 torch.set_num_threads(2)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--run-slow", action="store_true", help="also what takes minutes: every timm model of the families")
+
+
 def run_stage(stage, *args, cwd=ROOT, check=True):
     """Runs a stage as a person does. With check=False the caller looks at .returncode, .stdout and .stderr."""
     done = subprocess.run([sys.executable, os.path.join(ROOT, stage), *map(str, args)], cwd=cwd, capture_output=True,

@@ -1,6 +1,7 @@
 """Blocks and merge: λ = 0 is timm's network bit for bit, λ = 1 is the merged network to float64 rounding."""
 import copy
 import os
+import re
 
 import pytest
 import timm
@@ -90,6 +91,39 @@ def test_merged_network_is_the_trained_one(name, model_args, share):
 def test_other_networks_of_the_families(name, model_args):
     strength = 0.5 if name == "efficientnet_b0" else 1.0  # at 1 its logits, and their rounding errors, are in the thousands
     check_network(name, model_args, lambda names: names, (32, 33), strength)
+
+
+def test_every_timm_model_of_the_families(request, capsys):
+    """With up to 30 M parameters: every other prunable block pruned, merged, the whole network compared. What is left out
+    either has no such block or is named. Without --run-slow every fortieth name."""
+    errors, refused = {}, []
+    for name in timm.list_models()[::1 if request.config.getoption("--run-slow") else 40]:
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        if sum(p.numel() for p in model.parameters()) > 30e6:
+            continue
+        try:
+            make_prunable(model)
+        except UserError as error:
+            refused += [f"{name}: {error}"] * (";" in str(error))
+            continue
+        model = timm.create_model(name).double().eval()
+        names = make_prunable(model)
+        channels, height, width = model.default_cfg["input_size"]
+        if not model.default_cfg.get("fixed_input_size"):
+            height = width = 64
+        batch = torch.randn(4, channels, height, width, dtype=torch.float64)
+        set_subnet(model, names[::2])
+        randomise(model, batch, strength=0.2)
+        with torch.no_grad():
+            expected = model(batch)
+            error = (merge(model)(batch) - expected).abs().max() / expected.abs().max().clamp(min=1)
+        errors.setdefault(type(prunable_blocks(model)[names[0]]).timm_class.__name__, {})[name] = error.item()
+    with capsys.disabled():
+        for family, of_family in errors.items():
+            print(f"\n{family}: {len(of_family)} timm models, worst error {max(of_family.values()):.1e}", end="")
+        print(*(f"\nrefused: {text.split(': use')[0]}" for text in refused), sep="")
+    assert len(errors) >= 3 and not {name: e for part in errors.values() for name, e in part.items() if not e <= 1e-10}
 
 
 @pytest.mark.parametrize("choice", "ABDF")
@@ -332,3 +366,27 @@ def test_blocks_that_cannot_merge_are_named_and_the_others_stay_prunable():
         make_prunable(timm.create_model("mixnet_s"))
     with pytest.raises(UserError, match="has no prunable block; a dense 5x5 conv would be dearer: 0: use"):
         make_prunable(nn.Sequential(InvertedResidual(8, 8, dw_kernel_size=5, exp_ratio=2)))
+
+
+@pytest.mark.parametrize("end_act", [True, False])
+def test_the_family_that_the_readme_adds(end_act, monkeypatch):
+    with open(os.path.join(os.path.dirname(__file__), "..", "README.md"), encoding="utf-8") as file:
+        code = re.search(r"```python\n(class PrunableMixerBlock.*?)```", file.read(), re.DOTALL)[1]
+    names = vars(blocks) | {"mlp_mixer": timm.models.mlp_mixer}
+    exec(code, names)
+    monkeypatch.setattr(blocks, "FAMILIES", (*blocks.FAMILIES, names["PrunableMixerBlock"]))
+    model = timm.create_model("mixer_s32_224", img_size=64).double().eval()
+    nn.init.normal_(model.head.weight)  # timm's are 0
+    with torch.no_grad():
+        expected = model(images(64))
+        assert make_prunable(model, end_act) == [f"blocks.{i}" for i in range(8)] and torch.equal(model(images(64)), expected)
+        set_subnet(model, ["blocks.0", "blocks.2"])
+        without = (model(images(64)) - expected).norm()
+        fit(model, ["blocks.0", "blocks.2"], [images(64)])
+        set_subnet(model, ["blocks.0", "blocks.2"])
+        if not end_act:
+            assert (model(images(64)) - expected).norm() < 0.9 * without
+        randomise(model, images(64, 16))
+    merged = merge(model)
+    assert_same(model, merged, images(64))
+    assert cost(merged, (3, 64, 64))["macs"] < cost(timm.create_model("mixer_s32_224", img_size=64), (3, 64, 64))["macs"]
