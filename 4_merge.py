@@ -139,7 +139,7 @@ def main():
 
     # Is it the same network? First the merge itself, then, on all images, the weights that will be written. Both computed
     # in float64: in float32 the unmerged network's own rounding errors can be larger than the merged one's.
-    val, few = (make_loader(checkpoint, "val", 64, device, args.workers, limit=limit) for limit in (None, 64))
+    val, some, few = (make_loader(checkpoint, "val", 64, device, args.workers, limit=limit) for limit in (None, 512, 64))
     model.double().to(device)
     merged = merge(model)
     check("merged against unmerged", model, merged, few, 1e-10)
@@ -151,7 +151,7 @@ def main():
     network, about = with_normalization(merged, spec) if args.fold_normalization else (merged, spec)
     shift, scale = (torch.tensor(spec[key]).view(-1, 1, 1) if args.fold_normalization else default  # back to 0 to 1
                     for key, default in (("mean", 0), ("std", 1)))
-    raw = [(images.cpu() * scale + shift, labels) for images, labels in few]
+    raw = [(images.cpu() * scale + shift, labels) for images, labels in some]
     onnx = os.path.splitext(args.out)[0] + ".onnx" if args.onnx else None
     with replacing(args.out + "2") as temporary, replacing(onnx) if onnx else contextlib.nullcontext() as temporary_onnx:
         export(network, about, temporary, temporary_onnx)

@@ -30,11 +30,12 @@ parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else
 
 def main():
     args = parser.parse_args()
-    device, rng = pick_device(args.device), random.Random(args.seed)
+    device = pick_device(args.device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{where}, torch {torch.__version__}, {args.img_size} px{', compiled' if args.compile else ''}; speed-up over the"
           " baseline / over the baseline with its BN folded")
     for name in args.models:
+        rng = random.Random(args.seed)
         torch.manual_seed(0)
         model = timm.create_model(name).eval()
         names, baseline = make_prunable(model), timm.create_model(name).eval()
