@@ -137,5 +137,7 @@ def test_latency_is_measured_once(runs, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(search_script, "measure_blocks", lambda *args: {key: first[key] for key in ("baseline", "merged", "rest")})
     for other in (json.dumps({**first, "threads": 77}), "[1]", "{no JSON"):
         (tmp_path / "latency.json").write_text(other)
-        assert stage(monkeypatch, "2_search.py", *flags, "--latency", 0.95) is None
-        assert "latencies of the blocks measured" in capsys.readouterr().out
+        for said in ("measured", "from"):
+            table = search_script.latency_table(str(tmp_path / "latency.json"), blocks.read(runs / "supernet.pt"), None,
+                                                list(first["baseline"]), 2, torch.device("cpu"))
+            assert f"latencies of the blocks {said}" in capsys.readouterr().out and table == first
