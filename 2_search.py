@@ -81,7 +81,7 @@ def merged_on(model, pruned, device):
 
 
 @torch.inference_mode()
-def measure_blocks(model, blocks, images, pairs=4, rounds=9):
+def measure_blocks(model, blocks, images, pairs=8, rounds=9):
     """Median seconds of each block, baseline and merged, and of all the rest, in merged networks on `images`.
 
     Each block is timed where it stands, behind and before what it really meets, in both its forms: in the network with
