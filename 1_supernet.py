@@ -221,7 +221,7 @@ def train(model, blocks, loader, epochs, args, report, log, keep=None, state=Non
 
 def main():
     args = parser.parse_args()
-    device = pick_device(args.device)
+    device = pick_device(args.device, args.compile)
     check_writable(args.out)
     random_seed(args.seed)
     shapes = args.data_dir is None and not args.dataset

@@ -5,7 +5,7 @@ runs/subnet.csv has a row per epoch, and while the stage runs, runs/subnet.pt.la
 
     python 3_progressive.py
     python 3_progressive.py --epochs 0                              # no training
-    python 3_progressive.py --epochs 30 --transition 0.5 --lr 1e-3
+    python 3_progressive.py --epochs 30 --lr 1e-3 --clip-grad 1
     python 3_progressive.py --transition 0                          # direct pruning, to compare with
     python 3_progressive.py --transition 0 --start random           # from scratch, to compare with
     python 3_progressive.py --subnet my.json --supernet runs/supernet.pt
@@ -100,7 +100,7 @@ def train(model, teacher, prune, loader, args, report, log, keep=None, state=Non
 
 def main():
     args = parser.parse_args()
-    device = pick_device(args.device)
+    device = pick_device(args.device, args.compile)
     check_writable(args.out)
     random_seed(args.seed)
     spec = read(args.supernet, "supernet")

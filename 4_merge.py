@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from blocks import (UserError, at_least, check_writable, cost, evaluate, latencies, load, load_baseline, make_loader,
-                    make_prunable, merge, pick_device, print_table, read, replacing, restore, run, save)
+                    merge, pick_device, print_table, read, replacing, restore, run, save)
 
 parser = argparse.ArgumentParser(
     description="Stage 4 of 4: merges, checks, exports and times.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -65,14 +65,12 @@ def check(names, ours, theirs, batches, bound):
     print(text, flush=True)
 
 
-def check_onnx(names, network, path, batches, bound):
-    """`check` for the ONNX file `path`, where onnxruntime is installed."""
-    if not importlib.util.find_spec("onnxruntime"):
-        return print(f"{names}: not checked, for that pip install onnxruntime")
-    import onnxruntime
+def onnx_session(path):
+    """onnxruntime's session for the ONNX file `path`, None where that is not installed."""
+    if importlib.util.find_spec("onnxruntime"):
+        import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    check(names, network, lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), batches, bound)
+        return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 
 def export(network, spec, path, onnx=None):
@@ -128,7 +126,7 @@ def peak_memory(network, shape):
 
 def main():
     args = parser.parse_args()
-    device = pick_device(args.device)
+    device = pick_device(args.device, args.compile)
     for path in filter(None, (args.out, args.json)):
         check_writable(path)
     if args.onnx and (missing := [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]):
@@ -149,25 +147,31 @@ def main():
     merged.cpu()
     spec = {key: value for key, value in checkpoint.items() if not key.endswith("state_dict")} | {"stage": "merged"}
     network, about = with_normalization(merged, spec) if args.fold_normalization else (merged, spec)
-    shift, scale = (torch.tensor(spec[key]).view(-1, 1, 1) if args.fold_normalization else default  # back to 0 to 1
-                    for key, default in (("mean", 0), ("std", 1)))
-    raw = [(images.cpu() * scale + shift, labels) for images, labels in some]
+    mean, std = (torch.tensor(spec[key]).view(-1, 1, 1) for key in ("mean", "std"))
+
+    def for_export(images):
+        return images * std + mean if args.fold_normalization else images
+
+    some = [(images.cpu(), labels) for images, labels in some]
     onnx = os.path.splitext(args.out)[0] + ".onnx" if args.onnx else None
     with replacing(args.out + "2") as temporary, replacing(onnx) if onnx else contextlib.nullcontext() as temporary_onnx:
         export(network, about, temporary, temporary_onnx)
         program = torch.export.load(temporary).module()
-        check(f"{args.out}2 against merged", network, program, raw, 1e-4)
+        check(f"{args.out}2 against merged", merged, lambda images: program(for_export(images)), some, 1e-4)
         if onnx:
-            check_onnx(f"{onnx} against merged", network, temporary_onnx, raw, 1e-4)
+            session = onnx_session(temporary_onnx)
+            if session:
+                check(f"{onnx} against merged", merged, lambda images: torch.from_numpy(
+                    session.run(None, {"images": for_export(images).numpy()})[0]), some, 1e-4)
+            else:
+                print(f"{onnx} was not checked: pip install onnxruntime")
         save({**spec, "state_dict": merged.state_dict()}, args.out)
 
     # What it costs and what it is worth: the files as a user opens them
     merged, _ = load(args.out)
-    baseline, folded = load_baseline(checkpoint), load_baseline(checkpoint)
-    make_prunable(folded)
-    folded = merge(folded)
+    baseline = load_baseline(checkpoint)
     networks = {name: network.to(device, memory_format=torch.channels_last) for name, network in (
-        ("baseline", baseline), ("baseline, BN folded", folded), ("merged", merged))}  # channels_last: faster for each
+        ("baseline", baseline), ("baseline, BN folded", merge(baseline)), ("merged", merged))}  # channels_last: faster for each
     about = [{"network": name, **cost(network, spec["input_size"]), "top1": evaluate(network, val)["top1"]}
              for name, network in networks.items()]
     memory = {batch: [peak_memory(network, (batch, *spec["input_size"])) for network in networks.values()]

@@ -224,6 +224,8 @@ class PrunableBasicBlock(Prunable, resnet.BasicBlock):
 
     @staticmethod
     def obstacle(block):
+        if block.conv1.kernel_size != (3, 3):
+            return "convs of another size"
         return None if isinstance(block.aa, nn.Identity) else "anti-aliasing inside"
 
     def prepare(self, end_act):
@@ -546,13 +548,19 @@ def at_least(low, kind=int, high=float("inf")):
 fraction = at_least(0, float, 1)
 
 
-def pick_device(name):
-    """torch.device of that name, or a UserError where this machine has none. Under torchrun it also joins the other
-    processes and picks the one device that is this process's own; only the first process prints."""
+def pick_device(name, compiled=False):
+    """torch.device of that name, or a UserError where this machine has none or, with `compiled`, where torch.compile does
+    not work on it. Under torchrun it also joins the other processes and picks the one device that is this process's own;
+    only the first process prints."""
     try:
         device = torch.empty(0, device=init_distributed_device_so(name)["device"]).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if compiled:
+        try:
+            torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+        except RuntimeError as error:
+            raise UserError(f"--compile does not work here: {str(error).splitlines()[0]}") from error
     if processes()[0] > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     return device

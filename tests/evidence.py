@@ -86,11 +86,11 @@ def main():
                           "--seed", seed, "--device", args.device, *flags, *more, "--resume", "--out", out)
                 results.setdefault((row, size), []).append(read(out, "subnet")["subnet"]["top1"])
 
-    # Costs and latencies of the merged networks, in turns; the rows of one size differ in their weights only
+    # Costs and latencies of the merged networks, in turns; but for an end activation, the rows of one size differ in their weights only
     baseline = load_baseline(spec)
     networks, names = [baseline, merge(baseline)], {}
-    for (row, size) in results:
-        if (size and "random" not in row):
+    for row, size in results:
+        if size and "random" not in row:
             names.setdefault(size, path(f"{row}-{size}-{args.seeds[0]}.pt"))
     networks += [merge(load(name)[0]) for name in names.values()]
     costs = [cost(network, spec["input_size"]) for network in networks]

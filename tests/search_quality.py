@@ -104,8 +104,9 @@ def main():
         recalibrate(plain, [batch for batch, _ in images("train", 512)])
         return evaluate(plain, images("holdout", 2000))
 
-    scores = [stage2.make_score(load(path)[0].to(memory_format=torch.channels_last), blocks,
-                                [batch for batch, _ in images("train", 512)], images("holdout", 2000)) for path in args.supernet]
+    calibration, held_out = [batch for batch, _ in images("train", 512)], images("holdout", 2000)
+    scores = [stage2.make_score(load(path)[0].to(memory_format=torch.channels_last), blocks, calibration, held_out)
+              for path in args.supernet]
     if args.train:
         ranking(args, scores, blocks, spec)
     else:

@@ -161,6 +161,19 @@ def test_exports_that_normalise_and_a_table_as_a_file(runs, monkeypatch, tmp_pat
 
 
 @one_network
+def test_compile_without_a_compiler(runs, pictures, monkeypatch, tmp_path):
+    def fails(*args, **kwargs):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\n\nSet TORCHDYNAMO_VERBOSE=1")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    for script, flags in (("1_supernet.py", ["--data-dir", pictures, "--img-size", 32]), ("3_progressive.py", [
+            "--supernet", runs / "supernet.pt", "--subnet", runs / "subnet.json"]), ("4_merge.py", ["--subnet", runs / "subnet.pt"])):
+        said = stage(monkeypatch, script, *flags, "--compile", "--out", tmp_path / "out.pt")
+        assert said == "error: --compile does not work here: InvalidCxxCompiler: No working C++ compiler found"
+    assert os.listdir(tmp_path) == []
+
+
+@one_network
 def test_onnx_needs_more_packages(runs, monkeypatch, tmp_path):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if "onnx" in name else find(name, *more))
