@@ -93,6 +93,30 @@ def test_other_networks_of_the_families(name, model_args):
     check_network(name, model_args, lambda names: names, (32, 33), strength)
 
 
+@pytest.mark.parametrize("name, model_args", SMALL[:4], ids=[name for name, _ in SMALL[:4]])
+@torch.no_grad()
+def test_merged_network_is_a_plain_module(name, model_args):
+    """No trace of what it was made from; strict loading, memory formats, half precision and torch.compile just work."""
+    model, batch = create(name, model_args), images(32, 8)
+    set_subnet(model, make_prunable(model)[::2])
+    randomise(model, batch, strength=0.2)
+    merged, other = merge(model).float(), create(name, model_args).float()
+    assert not any("pruned" in key or "end_act" in key or "num_batches" in key for key in merged.state_dict())
+    kinds = {type(module) for module in merged.modules() if not list(module.children())}
+    assert all(kind.__module__.startswith(("torch.nn.", "timm.layers.")) for kind in kinds), kinds
+    set_subnet(other, make_prunable(other)[::2])
+    other = merge(other)
+    other.load_state_dict(merged.state_dict())
+    batch = batch.float()
+    expected = merged(batch)
+    assert torch.equal(other(batch), expected)
+    for ours in (copy.deepcopy(merged).to(memory_format=torch.channels_last), torch.compile(merged, backend="aot_eager")):
+        torch.testing.assert_close(ours(batch), expected, rtol=0, atol=1e-4 * expected.std().item())
+    for dtype in (torch.bfloat16, torch.half):  # random weights amplify rounding errors: those of the unmerged net are the measure
+        errors = [(network.to(dtype)(batch.to(dtype)).float() - expected).norm() for network in (merged, model)]
+        assert errors[0] <= 1.5 * errors[1] + 0.01 * expected.norm()
+
+
 def test_every_timm_model_of_the_families(request, capsys):
     """With up to 30 M parameters: every other prunable block pruned, merged, the whole network compared. What is left out
     either has no such block or is named. Without --run-slow every fortieth name."""
