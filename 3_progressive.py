@@ -5,7 +5,7 @@ runs/subnet.csv has a row per epoch, and while the stage runs, runs/subnet.pt.la
 
     python 3_progressive.py
     python 3_progressive.py --epochs 0                              # no training
-    python 3_progressive.py --epochs 30 --lr 1e-3 --clip-grad 1
+    python 3_progressive.py --epochs 30 --lr 5e-4
     python 3_progressive.py --transition 0                          # direct pruning, to compare with
     python 3_progressive.py --transition 0 --start random           # from scratch, to compare with
     python 3_progressive.py --subnet my.json --supernet runs/supernet.pt
@@ -46,7 +46,7 @@ parser.add_argument("--start", default="baseline", choices=("baseline", "superne
 parser.add_argument("--distill", type=fraction, default=0.5, metavar="W", help="weight, 0 to 1, of the baseline's soft labels")
 parser.add_argument("--end-act", action=argparse.BooleanOptionalAction, default=None,
                     help="insert an activation at the end of pruned blocks that have none (None: in CNNs of which no block stays, if they are trained)")
-add_training_flags(parser, lr=5e-4, warmup=0.0)
+add_training_flags(parser, lr=1e-3, warmup=0.0)
 parser.add_argument("--out", default="runs/subnet.pt", metavar="FILE", help="the trained subnet's checkpoint")
 
 

@@ -933,7 +933,7 @@ def add_training_flags(parser, lr, warmup):
                         help="share of the steps while the rate rises to --lr from a tenth of it; falls to 0 by a cosine later")
     parser.add_argument("--opt", default="adamw", help="a timm optimiser name")
     parser.add_argument("--weight-decay", type=at_least(0, float), default=0.05, help="not applied to norms and biases")
-    parser.add_argument("--clip-grad", type=at_least(0, float), metavar="NORM", help="largest norm of the gradient (None: any)")
+    parser.add_argument("--clip-grad", type=at_least(0, float), default=1.0, metavar="NORM", help="largest norm of the gradient; inf: any")
     parser.add_argument("--ema", type=fraction, metavar="DECAY",
                         help="also average the weights, e.g. 0.9999 (less in the first steps); the average is what counts")
     parser.add_argument("--mixup", type=at_least(0, float), default=0.0, metavar="ALPHA", help="mixup, e.g. 0.8")
@@ -950,7 +950,7 @@ def add_training_flags(parser, lr, warmup):
     parser.add_argument("--resume", action="store_true", help="go on from OUT.last, which every epoch renews, if it is there")
 
 
-NOT_FINITE = ". Try a lower --lr, --clip-grad 1 or no --amp; OUT.last keeps the last epoch that was well"
+NOT_FINITE = ". Try a lower --lr or no --amp; OUT.last keeps the last epoch that was well"
 
 
 class Training:
@@ -1000,9 +1000,8 @@ class Training:
         pass as DistributedDataParallel does it: a supernet's step has several, and leaves out other weights in each."""
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         average([parameter.grad for parameter in parameters])
-        if self.args.clip_grad is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(parameters, self.args.clip_grad)
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(parameters, self.args.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()

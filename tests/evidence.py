@@ -77,12 +77,13 @@ def main():
             kind, flags = ROWS[row]
             thirds = args.thirds or ((1, 2, 3) if row in list(ROWS)[:3] else (2,))
             for size in [0] if kind == "none" else [sizes[third - 1] for third in thirds]:
+                chosen = f"{kind}-{size}-{seed}.json" if kind == "random" else f"{kind}-{size}.json"
                 if kind == "random":
-                    write(f"random-{size}.json", random.Random(seed).sample(blocks, size))
+                    write(chosen, random.Random(seed).sample(blocks, size))
                 out = path(f"{row}-{size}-{seed}.pt")
                 if not os.path.exists(out):
                     print(f"\n{row}, {size} of {len(blocks)}, seed {seed}", flush=True)
-                    stage("3_progressive.py", "--supernet", args.supernet, "--subnet", path(f"{kind}-{size}.json"),
+                    stage("3_progressive.py", "--supernet", args.supernet, "--subnet", path(chosen),
                           "--seed", seed, "--device", args.device, *flags, *more, "--resume", "--out", out)
                 results.setdefault((row, size), []).append(read(out, "subnet")["subnet"]["top1"])
 

@@ -34,7 +34,7 @@ parser.add_argument("--rounds", type=int, default=5, help="epochs of each kind, 
 
 
 def plain_epoch(model, loader, args):
-    """Images/s of what a script without this project would do: forward, backward, step."""
+    """Images/s of what a script without this project would do: forward, backward, clipping, step."""
     training = Training(model, args, len(loader))  # only for the same optimiser, precision and compilation
     model.train()
     count, started = 0, time.time()
@@ -43,6 +43,7 @@ def plain_epoch(model, loader, args):
             loss = F.cross_entropy(model(images), labels)
         training.optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
         training.optimizer.step()
         training.scheduler.step_update(step + 1)
         count += len(images)
