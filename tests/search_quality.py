@@ -5,7 +5,8 @@
     python tests/search_quality.py --supernet fitted.pt trained.pt --train 10 --any-size # whose score is better?
 
 The first scores all subnets with --prune blocks and ranks what the genetic search picks among them, beside random search
-with as many evaluations. --train runs stage 3 on random subnets and compares its top-1 with their scores in the supernet.
+with as many evaluations. --train runs stage 3 on random subnets and compares its top-1 with their scores in the supernet;
+flags that this script does not know go to stage 3.
 """
 import argparse
 import importlib
@@ -76,7 +77,8 @@ def ranking(args, scores, blocks, spec):
         with open(path + ".json", "w", encoding="utf-8") as file:
             json.dump({"format": 1, "model": spec["model"], "prune": prune}, file)
         subprocess.run([sys.executable, os.path.join(ROOT, "3_progressive.py"), "--supernet", args.supernet[0], "--subnet",
-                        path + ".json", "--epochs", args.epochs, "--workers", "1", "--resume", "--out", path + ".pt"], check=True)
+                        path + ".json", "--epochs", args.epochs, "--workers", "1", "--resume", *args.stage3, "--out", path + ".pt"],
+                       check=True)
         top1, results = read(path + ".pt")["subnet"]["top1"], [score(frozenset(prune)) for score in scores]
         rows.append((top1, size, results))
         print(f"{i:3}  {size:2} pruned   supernet: " + "; ".join(f"loss {r['loss']:.4f}, top-1 {r['top1']:.2f} %" for r in results)
@@ -91,7 +93,9 @@ def ranking(args, scores, blocks, spec):
 
 
 def main():
-    args = parser.parse_args()
+    args, args.stage3 = parser.parse_known_args()
+    if args.stage3 and not args.train:
+        parser.error(f"unknown: {' '.join(args.stage3)}")
     spec = read(args.supernet[0], "supernet")
     plain = restore(spec).to(memory_format=torch.channels_last)
     blocks = list(prunable_blocks(plain))
