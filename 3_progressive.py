@@ -38,7 +38,7 @@ parser.add_argument("--subnet", default="runs/subnet.json", metavar="FILE", help
 parser.add_argument("--data-dir", metavar="DIR", help="where the images are (None: where stage 1 found them)")
 # training
 parser.add_argument("--epochs", type=at_least(0), default=6, help="epochs; 0 prunes without training")
-parser.add_argument("--transition", type=fraction, default=0.25, metavar="R",
+parser.add_argument("--transition", type=fraction, default=0.1, metavar="R",
                     help="share of the steps while λ goes from 0 to 1; 0 prunes directly")
 parser.add_argument("--hold", type=fraction, default=0.5, metavar="R", help="share of the steps at the full learning rate")
 parser.add_argument("--start", default="baseline", choices=("baseline", "supernet", "random"),
