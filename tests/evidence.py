@@ -107,15 +107,17 @@ def main():
           f" torch {torch.__version__}; baseline with BN folded {seconds[1] * 1e3:.2f} ms\n")
     rows = []
     for (row, size), top1 in results.items():
-        price, time = about.get(size, (None, math.nan))
         if "random" in row:  # other blocks for each seed: their mean cost, nothing timed
             of_seeds = [cost(merge(load(path(f"{row}-{size}-{seed}.pt"))[0]), spec["input_size"]) for seed in args.seeds]
-            price, time = {key: statistics.mean(c[key] for c in of_seeds) for key in of_seeds[0]}, math.nan
+            price, timed = {key: statistics.mean(c[key] for c in of_seeds) for key in of_seeds[0]}, ("", "", "")
+        else:
+            price, time = about[size]
+            timed = f"{time * 1e3:.2f}", f"{seconds[0] / time:.2f}x", f"{seconds[1] / time:.2f}x"
         control = results.get(("control", 0))
         rows.append((row, f"{size} of {len(blocks)}", spread(top1),
                      spread([a - b for a, b in zip(top1, control)]) if control and size else "",
-                     f"{price['params'] / 1e6:.3f}", f"{price['macs'] / 1e6:.1f}", f"{time * 1e3:.2f}",
-                     f"{seconds[0] / time:.2f}x", f"{seconds[1] / time:.2f}x", f"{costs[0]['macs'] / price['macs']:.2f}x"))
+                     f"{price['params'] / 1e6:.3f}", f"{price['macs'] / 1e6:.1f}", *timed,
+                     f"{costs[0]['macs'] / price['macs']:.2f}x"))
     print_table(("", "pruned", "top-1 (%)", "minus control", "params (M)", "MACs (M)", "ms", "speed-up", "of folded", "by MACs"), rows)
     for size in sizes:
         pair = [results.get((row, size)) for row in ("progressive", "direct")]
