@@ -60,6 +60,7 @@ parser.add_argument("--baseline-epochs", type=at_least(0), help="epochs for the 
 parser.add_argument("--epochs", type=at_least(0), default=4, help="epochs for the supernet, each some three times as long")
 parser.add_argument("--random-subnets", type=at_least(0), default=2, help="random subnets per step, beside largest and smallest")
 add_training_flags(parser, lr=1e-3, warmup=0.1)
+parser.add_argument("--attention", action="store_true", help="let a ViT block's attention be pruned, too, as a choice of its own")
 parser.add_argument("--out", default="runs/supernet.pt", metavar="FILE", help="the supernet's checkpoint")
 
 
@@ -234,7 +235,7 @@ def main():
         spec = describe_data(args)
         model, model_spec, trained = build_baseline(args, len(spec["classes"]))
     spec.update(model_spec)
-    make_prunable(copy.deepcopy(model))  # a model that cannot be pruned is told now, not after the training
+    make_prunable(copy.deepcopy(model), attention=args.attention)  # what cannot be pruned is told now, not after the training
     model.to(device, memory_format=torch.channels_last)  # depthwise convs train more than twice as fast
     flags = describe_run(args, "checkpoint", train_images=spec["train_images"], processes=processes()[1])
     state = read_state(args, flags)
@@ -263,8 +264,8 @@ def main():
         state = None
 
     # Supernet
-    spec["end_act"] = False  # see stage 3, which decides on it
-    blocks = make_prunable(model, spec["end_act"])
+    spec.update(end_act=False, attention=args.attention)  # stage 3 decides on end activations
+    blocks = make_prunable(model, spec["end_act"], spec["attention"])
     if args.calibrate and not state:
         fit_blocks(model, [blocks], spec, args, device)
     calibration = [images for images, _ in make_loader(spec, "train", args.batch_size, device, limit=1024)]

@@ -102,22 +102,24 @@ def measure_blocks(model, blocks, images, pairs=8, rounds=9):
     subnets = [set()] + [{name for name in blocks if rng.random() < 0.5} for _ in range(pairs - 1)]
     subnets += [set(blocks) - subnet for subnet in subnets]
     networks = [merged_on(model, subnet, images.device) for subnet in subnets]
-    totals, stamps = latencies(networks, images, rounds)[:, 1], []
+    totals, spans = latencies(networks, images, rounds)[:, 1], {name: [] for name in blocks}  # start and end of every run
     for network, name in itertools.product(networks, blocks):
         module = network.get_submodule(name)
-        module.register_forward_pre_hook(lambda *_: stamps.append(stamp()))
-        module.register_forward_hook(lambda *_: stamps.append(stamp()))
+        module.register_forward_pre_hook(lambda *_, name=name: spans[name].append([stamp()]))
+        module.register_forward_hook(lambda *_, name=name: spans[name][-1].append(stamp()))
     times = {(name, pruned): [] for name in blocks for pruned in (False, True)}
     for subnet, network, total in progress_bar(list(zip(subnets, networks, totals)) * rounds, "latency", unit="subnet"):
         network(images)
-        stamps.clear()
+        for runs in spans.values():
+            runs.clear()
         for _ in range(max(2, round(0.1 / total))):
             network(images)
         if cuda:
             torch.cuda.synchronize()
-        spent = [seconds(*pair) for pair in zip(stamps[::2], stamps[1::2])]
-        for i, name in enumerate(blocks):
-            times[name, name in subnet].append(statistics.median(spent[i::len(blocks)]))
+        spent = {name: statistics.median(seconds(*run) for run in runs) for name, runs in spans.items()}
+        for name in blocks:  # a block's own time: without its attention's, where that is chosen by itself
+            inner = sum(spent[other] for other in blocks if other.startswith(f"{name}."))
+            times[name, name in subnet].append(spent[name] - inner)
     # A smaller network keeps more of itself in the cache: all its parts are faster than in a large one, and hooks cost time
     # too. A straight line from the blocks' sums to the networks' totals (least squares of the relative errors) takes account
     # of both, and leaves the costs additive.
@@ -132,7 +134,7 @@ def latency_table(path, spec, model, blocks, batch, device):
     """measure_blocks' result, from `path` where that was measured on the same device in the same way, else measured now.
     Under torchrun all processes get the first one's."""
     tables = [None]
-    about = {"model": spec["model"], "model_args": spec["model_args"], "end_act": spec["end_act"],
+    about = {"model": spec["model"], "model_args": spec["model_args"], "end_act": spec["end_act"], "blocks": blocks,
              "input": [batch, *spec["input_size"]], "dtype": "float32", "torch": torch.__version__,
              "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
              "threads": torch.get_num_threads()}

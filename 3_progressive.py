@@ -113,7 +113,7 @@ def main():
     everything = set(subnet["prune"]) == set(make_prunable(copy.deepcopy(model)))
     # What was only fitted is better off without it, and so is what is trained as long as some block is not linear
     spec["end_act"] = False if args.end_act is None and not (everything and args.epochs) else args.end_act
-    make_prunable(model, spec["end_act"])
+    make_prunable(model, spec["end_act"], spec.get("attention"))
     set_subnet(model, subnet["prune"])  # an unknown block is told here
     prune = spec["prune"] = [name for name in prunable_blocks(model) if name in subnet["prune"]]
     if args.start == "supernet":

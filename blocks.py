@@ -13,6 +13,7 @@ Every prunable block holds two forms, and its output is a mix of theirs:
     _efficientnet_blocks.InvertedResidual  dense kxk conv, BatchNorm                 one dense kxk conv
     convnext.ConvNeXtBlock                 depthwise conv, BatchNorm, 1x1 conv       depthwise conv + 1x1 conv, plus skip
     vision_transformer.Block               BatchNorm, linear; attention as it was    attention + one linear layer
+    vision_transformer.Attention           BatchNorm, linear (if asked for)          one linear layer
 
 Merging all linear layers of a block would often give a dearer one (two 3x3 convs a 5x5). So the pruned form has the shape of
 the merged layer from the start, and `fit` solves its weights for what the baseline block does, which no product of the
@@ -126,13 +127,19 @@ def patches(conv, x):
     return pixel_rows(conv_like(conv, one_tap, None, groups=conv.in_channels)(x))
 
 
-def linear_with_skip(bn, linear):
-    """One linear layer that does x + linear(bn(x)), in eval mode."""
+def linear_after(bn, linear):
+    """One linear layer that does linear(bn(x)), in eval mode."""
     scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
     bias = linear.bias + linear.weight @ (bn.bias - bn.running_mean * scale)
     linear = copy.deepcopy(linear)
-    linear.weight = nn.Parameter(linear.weight * scale + torch.eye(len(bias)).to(bias))
-    linear.bias = nn.Parameter(bias)
+    linear.weight, linear.bias = nn.Parameter(linear.weight * scale), nn.Parameter(bias)
+    return linear
+
+
+def linear_with_skip(bn, linear):
+    """One linear layer that does x + linear(bn(x)), in eval mode."""
+    linear = linear_after(bn, linear)
+    linear.weight += torch.eye(len(linear.weight)).to(linear.weight)
     return linear
 
 
@@ -154,9 +161,9 @@ class MergedBlock(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Prunable:
-    """What the four families share. A family names its timm class, tells what stands against pruning a block
-    (`obstacle`), builds the pruned form (`prepare`), runs it (`forward_pruned`) and merges it (`merged`). For `fit` it tells what is added to the pruned form's
-    output (`skip_part`) and what its linear layer works on, as rows (`linear_inputs`).
+    """What the families share. A family names its timm class, tells what stands against pruning a block (`obstacle`),
+    builds the pruned form (`prepare`), runs it (`forward_pruned`) and merges it (`merged`). For `fit` it tells what is added
+    to the pruned form's output (`skip_part`) and what its linear layer works on, as rows (`linear_inputs`).
 
     The pruned form is `self.pruned`, linear layers and a BatchNorm of its own: nothing that the baseline block has is
     changed by training it, but for what both share (a ViT block's attention, a ResNet's downsample)."""
@@ -349,9 +356,50 @@ class PrunableViTBlock(Prunable, vision_transformer.Block):
     def linear_inputs(self, x):
         return self.skip_part(x).flatten(0, 1)
 
+    @torch.no_grad()
+    def fuse(self):
+        return self.merged() if self.mix == 0 and getattr(self.attn, "mix", 0) == 1 else super().fuse()
+
     def merged(self):
-        return nn.Sequential(MergedBlock(nn.Sequential(self.norm1, self.attn, self.ls1), nn.Identity()),
-                             MergedBlock(linear_with_skip(*self.pruned), act=self.end_act))
+        attn = self.attn.fuse() if isinstance(self.attn, Prunable) else self.attn
+        mlp = MergedBlock(linear_with_skip(*self.pruned), act=self.end_act) if self.mix else \
+            MergedBlock(nn.Sequential(self.norm2, self.mlp, self.ls2), nn.Identity())
+        return MergedViTBlock(self.norm1, attn, self.ls1, mlp)
+
+
+class MergedViTBlock(nn.Module):
+    """timm's block with another second half, or with a linear layer as its `attn`."""
+
+    def __init__(self, norm1, attn, ls1, mlp):
+        super().__init__()
+        self.norm1, self.attn, self.ls1, self.mlp = norm1, attn, ls1, mlp
+
+    def forward(self, x):
+        return self.mlp(x + self.ls1(self.attn(self.norm1(x))))
+
+
+class PrunableAttention(Prunable, vision_transformer.Attention):
+    """The attention of a PrunableViTBlock. The pruned form is a BatchNorm and one linear layer on every token by itself: with
+    its MLP pruned as well, all that is left of the block is a LayerNorm and two C x C linear layers."""
+    timm_class = vision_transformer.Attention
+    added = ("pruned",)
+
+    def prepare(self):
+        dim, like = self.qkv.in_features, self.proj.weight
+        self.pruned = nn.Sequential(nn.BatchNorm1d(dim), zero(nn.Linear(dim, len(like)))).to(like)
+
+    def skip_part(self, x):
+        return 0
+
+    def forward(self, x, **attn_args):
+        return blend(lambda: super(Prunable, self).forward(x, **attn_args),
+                     lambda: self.pruned(x.flatten(0, 1)).view_as(x), self.mix)
+
+    def linear_inputs(self, x):
+        return x.flatten(0, 1)
+
+    def merged(self):
+        return linear_after(*self.pruned)
 
 
 FAMILIES = (PrunableBasicBlock, PrunableInvertedResidual, PrunableConvNeXtBlock, PrunableViTBlock)
@@ -361,11 +409,12 @@ FAMILIES = (PrunableBasicBlock, PrunableInvertedResidual, PrunableConvNeXtBlock,
 # A network of such blocks
 # ---------------------------------------------------------------------------------------------------------------------
 
-def make_prunable(model, end_act=None):
+def make_prunable(model, end_act=None, attention=False):
     """Turns a timm model's blocks prunable, in place; nothing is pruned yet and the outputs stay the same bits. A pruned
     form is its skip alone until it is fitted or trained.
 
     end_act: insert an activation at the end of pruned blocks that have none? None: yes for CNNs, no for ViTs.
+    attention: make the attention of ViT blocks prunable as well, all but the last: "blocks.0.attn" beside "blocks.0", its MLP.
     Returns the blocks' module paths, in running order. Raises UserError where the model has no prunable block.
     Call it after the weights are loaded: ConvNeXt's pruned form starts with a copy of the depthwise conv."""
     for module in list(model.modules()):
@@ -376,12 +425,23 @@ def make_prunable(model, end_act=None):
     if not prunable_blocks(model):
         raise UserError(f"{type(model).__name__} has no prunable block{listed(obstacles(model))}: use a ResNet of basic blocks"
                         " (resnet18, resnet34), a mobilenetv2_*, efficientnet_*, convnext*, deit_* or vit_*")
+    if attention:
+        attns = [block.attn for block in prunable_blocks(model).values()
+                 if isinstance(block, PrunableViTBlock) and type(block.attn) is PrunableAttention.timm_class]
+        if len(attns) < 2:
+            raise UserError(f"{type(model).__name__} has no attention that could be pruned: leave out --attention")
+        for attn in attns[:-1]:  # without any, the class token would never see the image
+            attn.__class__, attn.mix = PrunableAttention, 0.0
+            attn.prepare()
     return list(prunable_blocks(model))
 
 
-def prunable_blocks(model):
-    """{module path: block}, in running order."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, Prunable)}
+def prunable_blocks(model, path=""):
+    """{module path: block}, in running order; a block's own attention comes before it."""
+    found = {}
+    for name, child in model.named_children():
+        found |= prunable_blocks(child, f"{path}.{name}" if path else name)
+    return found | ({path: model} if isinstance(model, Prunable) else {})
 
 
 def obstacles(model):
@@ -459,32 +519,33 @@ def fit(model, names, batches, pruned=(), ridge=1e-2, pixels=8192):
     class Reached(Exception):
         pass
 
-    def hook(block, args):
-        seen[block] = args[0]
-        if len(seen) == len(names):  # the rest of the network need not run
-            raise Reached
-
     def reach(images, pruned):
         """{block: its input}"""
-        seen.clear()
+        def hook(block, args):
+            seen[block] = args[0]
+            if len(seen) == len(names):  # the rest of the network need not run
+                raise Reached
+
+        seen = {}
+        hooks = [blocks[name].register_forward_pre_hook(hook) for name in names]
         set_subnet(model, pruned)
         with contextlib.suppress(Reached):
             model(images)
+        for handle in hooks:
+            handle.remove()
         return seen
 
-    blocks, sums, rng, seen = prunable_blocks(model), {}, torch.Generator().manual_seed(0), {}
+    blocks, sums, rng = prunable_blocks(model), {}, torch.Generator().manual_seed(0)
     model.eval()
-    hooks = [blocks[name].register_forward_pre_hook(hook) for name in names]
     for images in batches:
-        wanted = {block: block.linear_part(x) for block, x in reach(images, []).items()}
+        seen = reach(images, [])
+        wanted = {block: block.linear_part(x) for block, x in seen.items()}
         for block, x in (reach(images, pruned) if pruned else seen).items():
             inputs, outputs = block.linear_inputs(x), pixel_rows(wanted[block] - block.skip_part(x))
             some = torch.randperm(len(inputs), generator=rng)[:pixels].to(x.device)
             inputs = F.pad(inputs[some].double(), (0, 1), value=1.0)  # a constant, for the bias
             gram, cross = sums.get(block, (0, 0))
             sums[block] = gram + inputs.T @ inputs, cross + inputs.T @ outputs[some].double()
-    for hook in hooks:
-        hook.remove()
     set_subnet(model, [])
     for block, (gram, cross) in sums.items():
         average([gram, cross])
@@ -740,7 +801,7 @@ def create_model(name, **model_args):
 def build(spec):
     """The model that a checkpoint's weights fit: prunable, its subnet chosen, merged where it is a merged network's."""
     model = create_model(spec["model"], **spec["model_args"])
-    make_prunable(model, spec.get("end_act"))
+    make_prunable(model, spec.get("end_act"), spec.get("attention"))
     set_subnet(model, spec.get("prune", ()))
     return merge(model) if spec["stage"] == "merged" else model
 

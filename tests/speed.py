@@ -23,6 +23,7 @@ parser.add_argument("--models", nargs="+", default=["resnet34", "mobilenetv2_100
 parser.add_argument("--specs", nargs="+", metavar="FILE", default=[], help="subnets of --models, instead of the thirds")
 parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16])
 parser.add_argument("--img-size", type=int, default=224)
+parser.add_argument("--attention", action="store_true", help="attention counts as a prunable block, too (ViTs only)")
 parser.add_argument("--compile", action="store_true", help="torch.compile")
 parser.add_argument("--seed", type=int, default=0, help="draws the blocks")
 parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -38,7 +39,7 @@ def main():
         rng = random.Random(args.seed)
         torch.manual_seed(0)
         model = timm.create_model(name).eval()
-        names, baseline = make_prunable(model), timm.create_model(name).eval()
+        names, baseline = make_prunable(model, attention=args.attention), timm.create_model(name).eval()
         subnets = [(os.path.splitext(os.path.basename(path))[0], read_json(path, name)["prune"]) for path in args.specs] or [
             (f"{size} of {len(names)}", rng.sample(names, size)) for size in (round(len(names) * third / 3) for third in (1, 2, 3))]
         networks = [baseline, merge(model)]

@@ -10,7 +10,7 @@ import torch.nn as nn
 from timm.models._efficientnet_blocks import InvertedResidual
 from timm.models.convnext import ConvNeXtBlock
 from timm.models.resnet import BasicBlock, downsample_avg, downsample_conv
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Attention, Block
 
 import blocks
 from blocks import BatchNorm, UserError, cost, fit, make_prunable, merge, prunable_blocks, recalibrate, set_subnet
@@ -208,6 +208,45 @@ def test_merged_vit_block_is_the_trained_one(end_act, init_values):
     tokens = torch.randn(4, 17, 16, dtype=torch.float64)
     randomise(model, tokens)
     assert_same(model, merge(model), tokens)
+
+
+@torch.no_grad()
+def test_attention_is_a_choice_of_its_own():
+    """With attention=True: a block's MLP, its attention or both. Exact, additive in cost, fitted by least squares."""
+    theirs, batch = create("deit_tiny_patch16_224", {**VIT32, "depth": 4}), images(32, 16) + 3 * images(1, 16)
+    model = copy.deepcopy(theirs)
+    names = make_prunable(model, attention=True)
+    assert names == ["blocks.0.attn", "blocks.0", "blocks.1.attn", "blocks.1", "blocks.2.attn", "blocks.2", "blocks.3"]
+    assert torch.equal(model(batch), theirs(batch))
+    costs = {}
+    for chosen in [[], *([name] for name in names), names[:2], names[1:4], names]:
+        set_subnet(model, chosen)
+        randomise(model, batch)
+        merged = merge(model)
+        assert_same(model, merged, batch)
+        costs[tuple(chosen)] = cost(merged, (3, 32, 32))
+        assert sum(isinstance(module, Attention) for module in merged.modules()) == 4 - sum("attn" in name for name in chosen)
+    for key in ("params", "macs"):
+        savings = [costs[()][key] - costs[name,][key] for name in names]
+        assert min(savings) > 0 and costs[()][key] - sum(savings) == costs[tuple(names)][key]
+    set_subnet(model, ["blocks.1.attn"], 0.5)
+    with pytest.raises(ValueError, match="transition"):
+        merge(model)
+
+    set_subnet(model, [])
+    expected, seen = model(batch), []
+    model.blocks[1].attn.register_forward_hook(lambda attn, args, output: seen.append((*args, output)))
+    model(batch)
+    inputs, outputs = (rows.flatten(0, 1) for rows in seen[0])
+    inputs = nn.functional.pad(inputs, (0, 1), value=1.0)
+    fit(model, names, batch.split(8), ridge=1e-12)
+    assert torch.equal(model(batch), expected)
+    set_subnet(model, ["blocks.1.attn"])
+    model(batch)
+    best = inputs @ torch.linalg.lstsq(inputs, outputs).solution
+    torch.testing.assert_close(seen[-1][1].flatten(0, 1), best, rtol=0, atol=1e-6 * best.std().item())
+    with pytest.raises(UserError, match="ResNet has no attention that could be pruned"):
+        make_prunable(create("test_resnet", {}), attention=True)
 
 
 @pytest.mark.parametrize("kind", ["inverted", "convnext"])

@@ -11,7 +11,7 @@ import torch
 from conftest import one_network, stage
 
 import blocks
-from blocks import UserError, evaluate, make_prunable, prunable_blocks, recalibrate, set_subnet
+from blocks import UserError, evaluate, fit, make_prunable, prunable_blocks, recalibrate, set_subnet
 
 search_script = importlib.import_module("2_search")
 NAMES = list("abcdef")
@@ -61,11 +61,13 @@ def test_a_small_space_is_scored_completely(capsys):
 
 
 @pytest.mark.parametrize("fits_in_memory", [True, False])
-@pytest.mark.parametrize("name", ["test_resnet", "mobilenetv2_035", "test_convnext", "test_vit"])
-def test_scores_are_the_same_bits_in_any_order(name, fits_in_memory, monkeypatch):
+@pytest.mark.parametrize("name, attention", [("test_resnet", False), ("mobilenetv2_035", False), ("test_convnext", False),
+                                             ("test_vit", False), ("test_vit", True)])
+def test_scores_are_the_same_bits_in_any_order(name, attention, fits_in_memory, monkeypatch):
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=4, **({"img_size": 32} if name == "test_vit" else {}))
-    names = make_prunable(model)
+    names = make_prunable(model, attention=attention)
+    fit(model, names, [torch.randn(8, 3, 32, 32)])
     calibration = [torch.randn(4, 3, 32, 32) for _ in range(2)]
     held_out = [(torch.randn(4, 3, 32, 32), torch.randint(4, (4,))) for _ in range(2)]
     rng = random.Random(0)

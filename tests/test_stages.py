@@ -76,6 +76,29 @@ def test_pruning_without_training(runs, monkeypatch, tmp_path):
                  "--out", tmp_path / "merged.pt") is None
 
 
+@pytest.mark.parametrize("runs", ["test_vit"], indirect=True)
+def test_attention_pruned_too(runs, monkeypatch, tmp_path, capsys):
+    """--attention in stage 1 is all that it takes; the latency of a block does not count its attention's twice."""
+    monkeypatch.chdir(tmp_path)
+    checkpoint = blocks.read(runs / "supernet.pt")
+    torch.save(checkpoint["baseline_state_dict"], "vit.pth")
+    assert stage(monkeypatch, "1_supernet.py", "--model", "test_vit", "--checkpoint", "vit.pth", "--img-size", 32, "--attention",
+                 "--data-dir", checkpoint["data_dir"], "--epochs", 0, "--workers", 0) is None
+    assert stage(monkeypatch, "2_search.py", "--latency", 1, "--population", 4, "--generations", 2, "--workers", 0) is None
+    (tmp_path / "runs/subnet.json").write_text(json.dumps(
+        {"format": 1, "model": "test_vit", "prune": ["blocks.0.attn", "blocks.1", "blocks.1.attn"]}))
+    assert stage(monkeypatch, "3_progressive.py", "--epochs", 1, "--workers", 0) is None
+    assert stage(monkeypatch, "4_merge.py", "--workers", 0, "--batch-size", 2) is None
+    (subnet, spec), (merged, _) = load("runs/subnet.pt"), load("runs/merged.pt")
+    assert spec["prune"] == ["blocks.0.attn", "blocks.1.attn", "blocks.1"]
+    images = validation(spec)[0][0]
+    torch.testing.assert_close(merged(images), subnet(images), rtol=0, atol=1e-4)
+    table = json.loads((tmp_path / "runs/latency.json").read_text())
+    assert len(table["blocks"]) == 2 * len(subnet.blocks) - 1 and min(table["baseline"].values()) > 0
+    assert stage(monkeypatch, "1_supernet.py", "--model", "test_resnet", "--data-dir", checkpoint["data_dir"], "--img-size", 32,
+                 "--attention") == "error: ResNet has no attention that could be pruned: leave out --attention"
+
+
 @one_network
 def test_weights_to_start_from(runs, monkeypatch, tmp_path):
     """--start, and a spec that prunes nothing: the baseline trained on."""
