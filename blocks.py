@@ -357,7 +357,7 @@ class PrunableViTBlock(Prunable, vision_transformer.Block):
         return self.skip_part(x).flatten(0, 1)
 
     @torch.no_grad()
-    def fuse(self):
+    def fuse(self):  # timm's block would hand a merged attention a mask
         return self.merged() if self.mix == 0 and getattr(self.attn, "mix", 0) == 1 else super().fuse()
 
     def merged(self):
