@@ -252,16 +252,17 @@ def test_learning_rate_rises_holds_and_falls():
     assert rates[75] == pytest.approx(0.5) and rates[51:] == sorted(rates[51:], reverse=True) and rates[-1] < 0.01
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "mobilenetv2_035", "test_convnext", "test_vit"])
-def test_compiled_blocks_are_compiled_once_per_form(name, monkeypatch):
+@pytest.mark.parametrize("name, attention", [("test_resnet", False), ("mobilenetv2_035", False), ("test_convnext", False),
+                                             ("test_vit", False), ("test_vit", True)])
+def test_compiled_blocks_are_compiled_once_per_form(name, attention, monkeypatch):
     """λ changes with every step: a graph for 0, one for 1, one for all between. (Graphs are captured, no code is made.)"""
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend="eager"))
     torch._dynamo.reset()
     model = timm.create_model(name, num_classes=4, **({"img_size": 32} if name == "test_vit" else {}))
-    names = make_prunable(model)
+    names = make_prunable(model, attention=attention)
     other = timm.create_model(name, num_classes=4, **({"img_size": 32} if name == "test_vit" else {}))
-    make_prunable(other)
+    make_prunable(other, attention=attention)
     other.load_state_dict(model.state_dict())
     blocks.compile_blocks(model)
     images = torch.randn(2, 3, 32, 32)
