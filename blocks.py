@@ -171,8 +171,8 @@ class Prunable:
     end_act_default = True  # an activation behind a pruned block that has none there: many in a row would be linear without
     added = ("pruned", "end_act")  # modules that timm's block does not have
 
-    def forward(self, x):
-        return blend(lambda: super(Prunable, self).forward(x), lambda: self.forward_pruned(x), self.mix)
+    def forward(self, x, **attn_args):
+        return blend(lambda: super(Prunable, self).forward(x, **attn_args), lambda: self.forward_pruned(x), self.mix)
 
     def finish(self, y):
         return y if self.end_act is None else self.end_act(y)
@@ -354,7 +354,7 @@ class PrunableViTBlock(Prunable, vision_transformer.Block):
                      lambda: self.finish(x + self.drop_path2(self.pruned(x.flatten(0, 1)).view_as(x))), self.mix)
 
     def linear_inputs(self, x):
-        return self.skip_part(x).flatten(0, 1)
+        return pixel_rows(self.skip_part(x))
 
     @torch.no_grad()
     def fuse(self):  # timm's block would hand a merged attention a mask
@@ -391,12 +391,11 @@ class PrunableAttention(Prunable, vision_transformer.Attention):
     def skip_part(self, x):
         return 0
 
-    def forward(self, x, **attn_args):
-        return blend(lambda: super(Prunable, self).forward(x, **attn_args),
-                     lambda: self.pruned(x.flatten(0, 1)).view_as(x), self.mix)
+    def forward_pruned(self, x):
+        return self.pruned(x.flatten(0, 1)).view_as(x)
 
     def linear_inputs(self, x):
-        return x.flatten(0, 1)
+        return pixel_rows(x)
 
     def merged(self):
         return linear_after(*self.pruned)

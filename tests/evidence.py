@@ -19,7 +19,7 @@ import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from blocks import cost, create_model, latencies, load, load_baseline, make_prunable, merge, print_table, read  # noqa: E402
+from blocks import build, cost, latencies, load, load_baseline, merge, print_table, prunable_blocks, read  # noqa: E402
 
 ROWS = {  # which blocks, and what is added to stage 3's flags
     "control": ("none", []),  # the baseline, trained on for as long and in the same way
@@ -54,7 +54,7 @@ def stage(script, *flags):
 def main():
     args, more = parser.parse_known_args()
     spec = read(args.supernet, "supernet")
-    blocks = make_prunable(create_model(spec["model"], **spec["model_args"]))
+    blocks = list(prunable_blocks(build(spec)))
     sizes = [round(len(blocks) * third / 3) for third in (1, 2, 3)]
 
     def path(name):

@@ -13,7 +13,7 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from blocks import create_model, make_prunable, read  # noqa: E402
+from blocks import build, prunable_blocks, read  # noqa: E402
 
 parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 parser.add_argument("--supernet", default="runs/supernet.pt", help="only its baseline and its data are used")
@@ -24,7 +24,7 @@ parser.add_argument("--calibrate", nargs="+", default=["0", "1024", "4096"])
 def main():
     args = parser.parse_args()
     spec = read(args.supernet, "supernet")
-    blocks = make_prunable(create_model(spec["model"], **spec["model_args"]))
+    blocks = list(prunable_blocks(build(spec)))
     print(f"{spec['model']}, baseline top-1 {spec['baseline']['top1']:.2f} %; top-1 without training")
     for third in (1, 2, 3):
         size = round(len(blocks) * third / 3)
