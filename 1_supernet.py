@@ -29,6 +29,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from timm.layers import to_2tuple
 from timm.utils import ParseKwargs, random_seed
 
 from blocks import (Epoch, Training, UserError, add_training_flags, at_least, check_writable, cost, create_model,
@@ -119,7 +120,8 @@ def describe_data(args):
             "train_split": args.train_split, "val_split": args.val_split, "download": args.dataset_download,
             "seed": args.seed}
     train, val = open_dataset(spec, "train"), open_dataset(spec, "val")
-    numbers = getattr(getattr(train, "reader", train), "class_to_idx", {})  # {class name: index}
+    source = getattr(train, "reader", train)  # {class name: index}; torchvision's ImageNet has several names for a class
+    numbers = getattr(source, "wnid_to_idx", None) or getattr(source, "class_to_idx", {})
     classes = sorted(numbers, key=numbers.get) or [str(i) for i in range(args.num_classes or 0)]
     if not classes:
         raise UserError("this data set does not tell its classes: give --num-classes")
@@ -157,16 +159,16 @@ def build_baseline(args, num_classes):
             raise UserError(f"{args.checkpoint} does not fit {args.model} with {num_classes} classes: "
                             + " ".join(str(error).split())[:200]) from error
     native = timm.data.resolve_model_data_config(model)
-    size = model_args.get("img_size") or args.img_size or native["input_size"][-1]
-    spec = {"model": args.model, "model_args": model_args, "input_size": [3, size, size],
-            "scale": list(args.scale or ((0.8, 1.0) if size < 128 else (0.08, 1.0))), "mean": list(native["mean"]),
+    size = to_2tuple(model_args.get("img_size") or args.img_size or native["input_size"][1:])
+    spec = {"model": args.model, "model_args": model_args, "input_size": [3, *size],
+            "scale": list(args.scale or ((0.8, 1.0) if max(size) < 128 else (0.08, 1.0))), "mean": list(native["mean"]),
             "std": list(native["std"]), "interpolation": native["interpolation"],
             # off its own resolution (CIFAR's 32 px, say) a model sees the whole picture
-            "crop_pct": native["crop_pct"] if size == native["input_size"][-1] else 1.0}
+            "crop_pct": native["crop_pct"] if size == tuple(native["input_size"][1:]) else 1.0}
     try:
         cost(model, spec["input_size"])
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"{args.model} does not take {size} px images: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{args.model} does not take RGB images of {size[0]}x{size[1]} px: {str(error).splitlines()[0]}") from error
     return model, spec, bool(args.checkpoint) or args.pretrained and num_classes == model.pretrained_cfg["num_classes"]
 
 
@@ -265,6 +267,7 @@ def main():
 
     # Supernet
     spec.update(end_act=False, attention=args.attention)  # stage 3 decides on end activations
+    random_seed(args.seed)  # in all processes, and resumed or not, what is not fitted starts alike
     blocks = make_prunable(model, spec["end_act"], spec["attention"])
     if args.calibrate and not state:
         fit_blocks(model, [blocks], spec, args, device)

@@ -51,9 +51,9 @@ parser.add_argument("--latency-batch", type=at_least(1), default=16, metavar="B"
 # search
 parser.add_argument("--population", type=at_least(2), default=16, help="candidates per generation")
 parser.add_argument("--generations", type=at_least(1), default=6, help="generations")
-parser.add_argument("--calibrate", type=at_least(1), default=512, metavar="N", help="training images for the BN statistics")
+parser.add_argument("--calibrate", type=at_least(2), default=512, metavar="N", help="training images for the BN statistics")
 parser.add_argument("--images", type=at_least(1), default=2000, metavar="N", help="at most this many held-out images to score on")
-parser.add_argument("--batch-size", type=at_least(1), default=128, help="images per forward pass")
+parser.add_argument("--batch-size", type=at_least(2), default=128, help="images per forward pass")
 parser.add_argument("--seed", type=at_least(0), default=0, help="of the search")
 parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
 parser.add_argument("--workers", type=at_least(0), default=2, help="processes that load images")

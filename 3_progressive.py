@@ -28,7 +28,7 @@ from timm.utils import random_seed
 
 from blocks import (Epoch, Training, add_training_flags, at_least, check_writable, cost, create_model, describe_run,
                     evaluate, fit_blocks, fraction, label_loss, load_baseline, make_loader, make_mixup, make_prunable, merge,
-                    pick_device, print_best, print_table, processes, prunable_blocks, read, read_json, read_state,
+                    obstacles, pick_device, print_best, print_table, processes, prunable_blocks, read, read_json, read_state,
                     recalibrate, remove_state, restore, run, save, save_csv, save_state, set_subnet)
 
 parser = argparse.ArgumentParser(
@@ -110,7 +110,8 @@ def main():
     spec["data_dir"] = args.data_dir or spec["data_dir"]
     teacher = load_baseline(spec, device).to(memory_format=torch.channels_last)
     model = create_model(spec["model"], **spec["model_args"]) if args.start == "random" else load_baseline(spec)
-    everything = set(subnet["prune"]) == set(make_prunable(copy.deepcopy(model)))
+    whole = copy.deepcopy(model)
+    everything = set(subnet["prune"]) == set(make_prunable(whole)) and not obstacles(whole)
     # What was only fitted is better off without it, and so is what is trained as long as some block is not linear
     spec["end_act"] = False if args.end_act is None and not (everything and args.epochs) else args.end_act
     make_prunable(model, spec["end_act"], spec.get("attention"))

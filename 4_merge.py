@@ -179,7 +179,7 @@ def main():
     rows = []
     for compiled in (False, True)[:1 + args.compile]:
         for network in networks.values() if compiled else ():
-            network.compile()
+            network.compile(dynamic=False)  # as it would be deployed: a batch size, a compilation
         for batch in args.batch_size:
             images = torch.randn(batch, *spec["input_size"], device=device).to(memory_format=torch.channels_last)
             seconds = latencies(networks.values(), images)

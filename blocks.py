@@ -368,14 +368,15 @@ class PrunableViTBlock(Prunable, vision_transformer.Block):
 
 
 class MergedViTBlock(nn.Module):
-    """timm's block with another second half, or with a linear layer as its `attn`."""
+    """timm's block with another second half, or with a linear layer as its `attn`: that has no use for attention's arguments."""
 
     def __init__(self, norm1, attn, ls1, mlp):
         super().__init__()
         self.norm1, self.attn, self.ls1, self.mlp = norm1, attn, ls1, mlp
 
-    def forward(self, x):
-        return self.mlp(x + self.ls1(self.attn(self.norm1(x))))
+    def forward(self, x, **attn_args):
+        x = x + self.ls1(self.attn(self.norm1(x), **({} if isinstance(self.attn, nn.Linear) else attn_args)))
+        return self.mlp(x)
 
 
 class PrunableAttention(Prunable, vision_transformer.Attention):
@@ -486,8 +487,8 @@ def merge(model):
 
 @torch.no_grad()
 def recalibrate(model, batches, leave=()):
-    """Sets the statistics of every BN to the average over `batches` (an iterable of images), whatever they were before:
-    a subnet of shared weights has no statistics of its own. Leaves the model in eval mode, and the BNs `leave` alone.
+    """Sets the statistics of every BN that runs to the average over `batches` (an iterable of images), whatever they were
+    before: a subnet of shared weights has no statistics of its own. Leaves the model in eval mode, the BNs `leave` alone.
 
     Like torch.optim.swa_utils.update_bn, but only the BNs are in train mode: drop-path and dropout stay off."""
     model.eval()
@@ -495,11 +496,12 @@ def recalibrate(model, batches, leave=()):
     if not norms:
         return
     for bn, _ in norms:
-        bn.reset_running_stats()
+        bn.num_batches_tracked.zero_()  # the first batch replaces what was there
         bn.momentum = None  # cumulative average
         bn.train()
-    for images in batches:
-        model(images)
+    for number, images in enumerate(batches):
+        if len(images) > 1 or number == 0:  # one pixel of one image has no variance, and is no loss
+            model(images)
     for bn, momentum in norms:
         bn.momentum = momentum
         bn.eval()
@@ -559,7 +561,7 @@ def fit(model, names, batches, pruned=(), ridge=1e-2, pixels=8192):
 @torch.no_grad()
 def cost(model, input_size):
     """{"params": …, "macs": …} of one forward pass on (1, *input_size), counted on the meta device: nothing is computed."""
-    model = copy.deepcopy(model).to("meta").eval()
+    model = copy.deepcopy(model).to("meta").eval().requires_grad_(False)  # the counter fails on parameters that are inputs
     with FlopCounterMode(display=False) as counter:
         model(torch.empty(1, *input_size, device="meta", dtype=next(model.parameters()).dtype))
     return {"params": sum(p.numel() for p in model.parameters()), "macs": counter.get_total_flops() // 2}
@@ -793,7 +795,7 @@ def create_model(name, **model_args):
         raise UserError(f"timm has no model {name}" + (f"; similar: {', '.join(similar)}" if similar else ""))
     try:
         return timm.create_model(name, **model_args)
-    except (TypeError, ValueError, AssertionError) as error:
+    except (TypeError, ValueError, AssertionError, KeyError, RuntimeError) as error:
         raise UserError(f"timm cannot build {name} with {model_args}: {error}") from error
 
 
@@ -884,11 +886,18 @@ class Images(torch.utils.data.Dataset):
         else:
             height, width, label = self.where[i]
             image = Image.fromarray(self.cache[self.offsets[i]:self.offsets[i + 1]].view(height, width, 3).numpy())
-        if epoch is not None:  # timm's transforms draw from all three
-            random.seed(f"{self.seed}/{epoch}/{i}")
-            np.random.seed(random.getrandbits(32))
-            torch.default_generator.manual_seed(random.getrandbits(63))
-        return self.transform(image), label
+        if epoch is None:
+            return self.transform(image), label
+        # timm's transforms draw from all three; without --workers the training itself draws from the same
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        random.seed(f"{self.seed}/{epoch}/{i}")
+        np.random.seed(random.getrandbits(32))
+        torch.default_generator.manual_seed(random.getrandbits(63))
+        image = self.transform(image)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        return image, label
 
 
 class Shuffle(DistributedSampler):
@@ -958,6 +967,7 @@ def make_loader(spec, part, batch_size, device, workers=0, limit=None, share=Fal
     loader = torch.utils.data.DataLoader(
         images, batch_size, drop_last=bool(augment), num_workers=workers, persistent_workers=workers > 0,
         sampler=Shuffle(images, world, rank, seed=augment.seed, drop_last=True) if augment else None,
+        generator=torch.Generator(),  # else an epoch's first draw is the loader's, or not, as --workers is
         collate_fn=fast_collate, pin_memory=torch.device(device).type == "cuda")
     return PrefetchLoader(loader, mean=spec["mean"], std=spec["std"], channels=spec["input_size"][0],
                           device=torch.device(device), re_prob=augment.reprob if augment else 0.)

@@ -4,7 +4,7 @@
     python tests/evidence.py --rows progressive "no soft labels" --thirds 2             # only these
 
 A third, two thirds and all of the prunable blocks, as stage 2 picks them. Flags that this script does not know go to every
-run of stage 3. Runs that are in --out already are not repeated, one that was stopped goes on: other flags need another --out.
+run of stage 3, but where they are what the row is about. Runs that are in --out already are not repeated, one that was stopped goes on: other flags need another --out.
 """
 import argparse
 import json
@@ -84,7 +84,7 @@ def main():
                 if not os.path.exists(out):
                     print(f"\n{row}, {size} of {len(blocks)}, seed {seed}", flush=True)
                     stage("3_progressive.py", "--supernet", args.supernet, "--subnet", path(chosen),
-                          "--seed", seed, "--device", args.device, *flags, *more, "--resume", "--out", out)
+                          "--seed", seed, "--device", args.device, *more, *flags, "--resume", "--out", out)
                 results.setdefault((row, size), []).append(read(out, "subnet")["subnet"]["top1"])
 
     # Costs and latencies of the merged networks, in turns; but for an end activation, the rows of one size differ in their weights only

@@ -50,7 +50,7 @@ def main():
         networks = [network.to(device, memory_format=torch.channels_last) for network in networks]
         if args.compile:
             for network in networks:
-                network.compile()
+                network.compile(dynamic=False)
         seconds = []
         for batch in args.batch_sizes:
             images = torch.randn(batch, 3, args.img_size, args.img_size, device=device)

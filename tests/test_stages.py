@@ -256,6 +256,27 @@ def test_a_data_set_of_another_kind(pictures, monkeypatch, tmp_path):
     assert blocks.read(tmp_path / "supernet.pt")["classes"][0] == "plain cross"
 
 
+def test_classes_with_several_names(pictures, monkeypatch, tmp_path):
+    """As torchvision's ImageNet has them."""
+    from torchvision.datasets import ImageFolder
+    monkeypatch.setattr(ImageFolder, "wnid_to_idx", {f"n{i}": i for i in range(10)}, raising=False)
+    assert stage(monkeypatch, "1_supernet.py", "--model", "test_resnet", "--dataset", "torch/image_folder", "--data-dir", pictures,
+                 "--img-size", 32, "--baseline-epochs", 0, "--epochs", 0, "--workers", 0, "--out", tmp_path / "net.pt") is None
+    assert blocks.read(tmp_path / "net.pt")["classes"] == [f"n{i}" for i in range(10)]
+
+
+def test_no_end_activation_where_other_blocks_stay(pictures, monkeypatch, tmp_path):
+    """mnasnet_small has blocks that would be dearer when merged, and are not prunable."""
+    monkeypatch.chdir(tmp_path)
+    assert stage(monkeypatch, "1_supernet.py", "--model", "mnasnet_small", "--data-dir", pictures, "--img-size", 32, "--workers", 0,
+                 "--calibrate", 0, "--baseline-epochs", 0, "--epochs", 0) is None
+    names = list(blocks.prunable_blocks(load("runs/supernet.pt")[0]))
+    (tmp_path / "all.json").write_text(json.dumps({"format": 1, "model": "mnasnet_small", "prune": names}))
+    assert stage(monkeypatch, "3_progressive.py", "--subnet", "all.json", "--epochs", 1, "--workers", 0) is None
+    model = load("runs/subnet.pt")[0]
+    assert all(block.mix == 1 and block.end_act is None for block in blocks.prunable_blocks(model).values())
+
+
 def test_schedule_of_the_mix():
     mix_at = importlib.import_module("3_progressive").mix_at
     mixes = [mix_at(step, 100, 0.5) for step in range(100)]
@@ -307,6 +328,8 @@ BAD_FIRST = {  # flags of stage 1, and what the error has to say
     "corrupt image": (["--data-dir", "corrupt"], "3.png"),
     "class only in val": (["--data-dir", "odd"], "val has classes that train lacks: c"),
     "unknown model": (["--model", "resnet43"], "timm has no model resnet43"),
+    "unknown weights": (["--model", "resnet18.foo"], "resnet18"),
+    "grey images": (["--model-kwargs", "in_chans=1"], "does not take RGB images"),
     "no prunable block": (["--model", "resnet50"], "has no prunable block"),
     "unknown model argument": (["--model-kwargs", "depht=3"], "depht"),
     "size that does not fit": (["--model", "test_vit", "--img-size", "33"], "33"),

@@ -182,6 +182,17 @@ def test_flags_of_the_training(runs, monkeypatch, tmp_path, flags):
     assert {"15": "error: --mixup and --cutmix need an even", "nonsense": "error: --aa nonsense"}.get(flags[-1], "None") in str(said)
 
 
+def test_loader_processes_change_nothing(pictures, monkeypatch, tmp_path):
+    weights = []
+    for workers in (0, 1):
+        out = tmp_path / f"{workers}.pt"
+        assert stage(monkeypatch, "1_supernet.py", "--model", "test_resnet", "--data-dir", pictures, "--img-size", 32, "--workers", workers,
+                     "--baseline-epochs", 2, "--epochs", 0, "--calibrate", 0, "--mixup", 0.2, "--reprob", 0.5, "--aa", "rand-m5-n1",
+                     "--model-kwargs", "drop_rate=0.3", "--out", out) is None
+        weights.append(blocks.read(out)["baseline_state_dict"])
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
 @one_network
 def test_chance_depends_on_seed_epoch_and_image_alone(runs, monkeypatch):
     spec = blocks.read(runs / "supernet.pt")
