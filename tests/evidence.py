@@ -4,9 +4,11 @@
     python tests/evidence.py --rows progressive "no soft labels" --thirds 2             # only these
 
 A third, two thirds and all of the prunable blocks, as stage 2 picks them. Flags that this script does not know go to every
-run of stage 3, but where they are what the row is about. Runs that are in --out already are not repeated, one that was stopped goes on: other flags need another --out.
+run of stage 3, but where they are what the row is about. Runs that are in --out already are not repeated, one that was
+stopped goes on: other flags need another --out.
 """
 import argparse
+import itertools
 import json
 import math
 import os
@@ -87,17 +89,18 @@ def main():
                           "--seed", seed, "--device", args.device, *more, *flags, "--resume", "--out", out)
                 results.setdefault((row, size), []).append(read(out, "subnet")["subnet"]["top1"])
 
-    # Costs and latencies of the merged networks, in turns; but for an end activation, the rows of one size differ in their weights only
-    baseline = load_baseline(spec)
-    networks, names = [baseline, merge(baseline)], {}
+    # Costs and latencies of the merged networks, in turns: of all seeds' where the blocks are random, else of one, as the rows
+    # of a size differ in their weights only (and an end activation)
+    files, shared = {}, {}
     for row, size in results:
-        if size and "random" not in row:
-            names.setdefault(size, path(f"{row}-{size}-{args.seeds[0]}.pt"))
-    networks += [merge(load(name)[0]) for name in names.values()]
+        of_seeds = [path(f"{row}-{size}-{seed}.pt") for seed in args.seeds]
+        files[row, size] = of_seeds if "random" in row else [shared.setdefault(size, of_seeds[0])] if size else []
+    baseline, names = load_baseline(spec), list(dict.fromkeys(itertools.chain(*files.values())))
+    networks = [baseline, merge(baseline), *(merge(load(name)[0]) for name in names)]
     costs = [cost(network, spec["input_size"]) for network in networks]
     images = torch.randn(args.latency_batch, *spec["input_size"], device=args.device).to(memory_format=torch.channels_last)
     seconds = latencies([network.to(args.device, memory_format=torch.channels_last) for network in networks], images)[:, 1]
-    about = dict(zip([0, "folded", *names], zip(costs, seconds)))
+    about = dict(zip(["baseline", "folded", *names], zip(costs, seconds)))
 
     def spread(values):
         return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
@@ -107,16 +110,14 @@ def main():
           f" torch {torch.__version__}; baseline with BN folded {seconds[1] * 1e3:.2f} ms\n")
     rows = []
     for (row, size), top1 in results.items():
-        if "random" in row:  # other blocks for each seed: their mean cost, nothing timed
-            of_seeds = [cost(merge(load(path(f"{row}-{size}-{seed}.pt"))[0]), spec["input_size"]) for seed in args.seeds]
-            price, timed = {key: statistics.mean(c[key] for c in of_seeds) for key in of_seeds[0]}, ("", "", "")
-        else:
-            price, time = about[size]
-            timed = f"{time * 1e3:.2f}", f"{seconds[0] / time:.2f}x", f"{seconds[1] / time:.2f}x"
+        these = [about[name] for name in files[row, size] or ["baseline"]]
+        price = {key: statistics.mean(c[key] for c, _ in these) for key in costs[0]}
+        time = statistics.mean(time for _, time in these)
         control = results.get(("control", 0))
         rows.append((row, f"{size} of {len(blocks)}", spread(top1),
                      spread([a - b for a, b in zip(top1, control)]) if control and size else "",
-                     f"{price['params'] / 1e6:.3f}", f"{price['macs'] / 1e6:.1f}", *timed,
+                     f"{price['params'] / 1e6:.3f}", f"{price['macs'] / 1e6:.1f}",
+                     f"{time * 1e3:.2f}", f"{seconds[0] / time:.2f}x", f"{seconds[1] / time:.2f}x",
                      f"{costs[0]['macs'] / price['macs']:.2f}x"))
     print_table(("", "pruned", "top-1 (%)", "minus control", "params (M)", "MACs (M)", "ms", "speed-up", "of folded", "by MACs"), rows)
     for size in sizes:
