@@ -492,19 +492,23 @@ def recalibrate(model, batches, leave=()):
 
     Like torch.optim.swa_utils.update_bn, but only the BNs are in train mode: drop-path and dropout stay off."""
     model.eval()
-    norms = [(m, m.momentum) for m in model.modules() if isinstance(m, BatchNorm) and m not in leave]
+    norms = {m: (m.momentum, m.running_mean.clone(), m.running_var.clone()) for m in model.modules()
+             if isinstance(m, BatchNorm) and m not in leave}
     if not norms:
         return
-    for bn, _ in norms:
-        bn.num_batches_tracked.zero_()  # the first batch replaces what was there
+    for bn in norms:
+        bn.reset_running_stats()
         bn.momentum = None  # cumulative average
         bn.train()
     for number, images in enumerate(batches):
-        if len(images) > 1 or number == 0:  # one pixel of one image has no variance, and is no loss
+        if len(images) > 1 or number == 0:  # one image may end as one pixel, which has no variance; it is no loss
             model(images)
-    for bn, momentum in norms:
+    for bn, (momentum, mean, variance) in norms.items():
         bn.momentum = momentum
         bn.eval()
+        if bn.num_batches_tracked == 0:  # it is of a form that did not run
+            bn.running_mean.copy_(mean)
+            bn.running_var.copy_(variance)
 
 
 @torch.no_grad()
