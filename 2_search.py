@@ -1,153 +1,130 @@
 """Stage 2 of 4: searches the supernet for the blocks to prune, with a genetic algorithm.
 
-Reads runs/supernet.pt. Writes runs/subnet.json, which can as well be written or edited by hand: "prune" lists the
-blocks to prune by their module path, all else is for the record. Beside it, runs/subnet.search.csv has every subnet scored,
-runs/latency.json the blocks' latencies, and while it runs, runs/subnet.json.last is what --resume goes on from.
+Reads runs/supernet.pt. Writes runs/subnet.json, which can as well be written by hand: "prune" lists
+the module paths of the blocks to prune, all else is for the record. Beside it, runs/subnet.front/
+has a spec for each of the best trade-offs, runs/subnet.search.csv every subnet scored,
+runs/latency.json the latencies of the blocks, and while the stage runs, runs/subnet.json.last is
+what --resume goes on from.
 
     python 2_search.py                     # half of the prunable blocks
     python 2_search.py --prune 6           # six of them (the paper's P6)
-    python 2_search.py --macs 0.6          # merged network of at most 60 % of the baseline's multiply-accumulates
-    python 2_search.py --params 0.5        # … of at most half of its parameters
-    python 2_search.py --latency 0.7 --latency-batch 1         # … of at most 70 % of its latency, measured on this machine
-    python 2_search.py --prune 2 4 6       # one search for each: runs/subnet-2.json, runs/subnet-4.json, …
+    python 2_search.py --macs 0.6          # at most 60 % of the baseline's multiply-accumulates
+    python 2_search.py --params 0.5        # at most half of its parameters
+    python 2_search.py --latency 0.7 --latency-batch 1   # at most 70 % of its latency
+    python 2_search.py --prune 2 4 6       # a search for each: runs/subnet-2.json, …
     python 2_search.py --score my.json     # only scores subnets of your own
-    torchrun --nproc-per-node 8 2_search.py --workers 8        # the candidates are shared out
+    torchrun --nproc-per-node 8 2_search.py --workers 8  # shares the candidates out
 
-Budgets hold for the merged network. A candidate's score is its loss on training images that stage 1 held back, after its
-BN statistics were recalibrated, always from scratch and on the same images: no score depends on what was scored before.
-Where no more subnets keep to the budget than would be scored anyway, all of them are, and the best is the true optimum.
+Budgets hold for the merged network. A candidate's score is its loss on training images that stage 1
+held back, after its BN statistics were recalibrated, always from scratch and on the same images: no
+score depends on what was scored before. Where no more subnets keep to the budget than would be
+scored anyway, all of them are, and the best is the true optimum.
 """
 import argparse
 import contextlib
 import functools
 import itertools
 import json
+import math
 import os
 import random
-import statistics
+import shutil
 import time
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from blocks import (BatchNorm, Images, UserError, at_least, build, check_writable, cost, describe_run, evaluate, fraction,
-                    latencies, make_loader, merge, pick_device, print_table, processes, progress_bar, prunable_blocks, read,
-                    read_json, read_state, recalibrate, remove_state, replacing, restore, run, save_csv, save_state, set_subnet)
+from blocks import (BatchNorm, UserError, at_least, build, cost, evaluate, latencies, make_loader,
+                    merge, print_table, processes, progress_bar, prunable_blocks, read_checkpoint,
+                    read_subnet, recalibrate, replacing, run, save, save_csv, set_subnet, start)
 
-parser = argparse.ArgumentParser(
-    description="Stage 2 of 4: searches for the blocks to prune.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-parser.add_argument("--supernet", default="runs/supernet.pt", metavar="FILE", help="stage 1's checkpoint")
-parser.add_argument("--data-dir", metavar="DIR", help="where the images are (None: where stage 1 found them)")
-# budget: at most one kind; the default is half of the prunable blocks
-budget = parser.add_mutually_exclusive_group()
-budget.add_argument("--prune", type=int, nargs="+", metavar="K", help="number of blocks to prune (None: half of them)")
-budget.add_argument("--macs", type=fraction, nargs="+", metavar="R", help="largest share, 0 to 1, of the baseline's MACs")
-budget.add_argument("--params", type=fraction, nargs="+", metavar="R", help="largest share, 0 to 1, of the baseline's parameters")
-budget.add_argument("--latency", type=fraction, nargs="+", metavar="R",
-                    help="largest share, 0 to 1, of the latency of the baseline with its BN folded, on --device")
-budget.add_argument("--score", nargs="+", metavar="FILE", help="score these specs instead of searching")
-parser.add_argument("--latency-batch", type=at_least(1), default=16, metavar="B", help="images per forward pass that is timed")
+parser = argparse.ArgumentParser(description="Stage 2 of 4: searches for the blocks to prune.",
+                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+flag, share = parser.add_argument, at_least(0, float, 1)
+flag("--supernet", default="runs/supernet.pt", metavar="FILE", help="stage 1's checkpoint")
+flag("--data-dir", metavar="DIR", help="where the images are (None: where stage 1 found them)")
+# budget, of one kind: shares, 0 to 1, of what the baseline has
+budget = parser.add_mutually_exclusive_group().add_argument
+budget("--prune", type=int, nargs="+", metavar="K", help="number of blocks (None: half of them)")
+budget("--macs", type=share, nargs="+", metavar="R", help="largest share of the MACs")
+budget("--params", type=share, nargs="+", metavar="R", help="largest share of the parameters")
+budget("--latency", type=share, nargs="+", metavar="R",
+       help="largest share of the latency on --device, of the baseline with its BN folded")
+budget("--score", nargs="+", metavar="FILE", help="score these specs instead of searching")
+flag("--latency-batch", type=at_least(1), default=16, metavar="B", help="images that are timed")
 # search
-parser.add_argument("--population", type=at_least(2), default=16, help="candidates per generation")
-parser.add_argument("--generations", type=at_least(1), default=6, help="generations")
-parser.add_argument("--calibrate", type=at_least(2), default=512, metavar="N", help="training images for the BN statistics")
-parser.add_argument("--images", type=at_least(1), default=2000, metavar="N", help="at most this many held-out images to score on")
-parser.add_argument("--batch-size", type=at_least(2), default=128, help="images per forward pass")
-parser.add_argument("--seed", type=at_least(0), default=0, help="of the search")
-parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
-parser.add_argument("--workers", type=at_least(0), default=2, help="processes that load images")
-parser.add_argument("--resume", action="store_true", help="go on from OUT.last, which every generation renews, if it is there")
-parser.add_argument("--out", default="runs/subnet.json", metavar="FILE", help="the subnet spec")
+flag("--population", type=at_least(2), default=16, help="candidates per generation")
+flag("--generations", type=at_least(1), default=6, help="generations")
+flag("--calibrate", type=at_least(2), default=512, metavar="N", help="images for BN statistics")
+flag("--images", type=at_least(1), default=2000, metavar="N", help="held-out images to score on")
+flag("--batch-size", type=at_least(2), default=128, help="images per forward pass")
+flag("--seed", type=at_least(0), default=0, help="of the search")
+flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
+flag("--workers", type=at_least(0), default=min(2, torch.get_num_threads()), help="to load images")
+flag("--resume", action="store_true", help="go on from OUT.last, if it is there, with its flags")
+flag("--out", default="runs/subnet.json", metavar="FILE", help="the subnet spec")
 
 
-# ---- what a subnet costs -------------------------------------------------------------------------------------------
+# ---- what a subnet costs -------------------------------------------------------------------------
 
 def block_savings(model, blocks, input_size):
-    """Costs of the merged network with nothing pruned, and what pruning each block takes off it (costs add up exactly)."""
-    def merged_cost(pruned):
-        set_subnet(model, pruned)
+    """Costs of the merged network with nothing pruned, and what pruning each block saves. They add
+    up exactly. Moves the model to the meta device."""
+    def merged_cost(prune):
+        set_subnet(model, prune)
         return cost(merge(model), input_size)
 
-    model = model.to("meta")
-    whole = merged_cost([])
-    one = {name: merged_cost([name]) for name in blocks}
+    model.to("meta")
+    whole, one = merged_cost([]), {name: merged_cost([name]) for name in blocks}
     return whole, {name: {key: whole[key] - one[name][key] for key in whole} for name in blocks}
 
 
-def merged_on(model, pruned, device):
-    set_subnet(model, pruned)
+def merged_on(model, prune, device):
+    set_subnet(model, prune)
     return merge(model).to(device, memory_format=torch.channels_last)
 
 
 @torch.inference_mode()
-def measure_blocks(model, blocks, images, pairs=8, rounds=9):
-    """Median seconds of each block, baseline and merged, and of all the rest, in merged networks on `images`.
+def measure_blocks(model, blocks, images, count=48):
+    """{"baseline": seconds, "savings": {block: seconds}, "error": …} of merged networks.
 
-    Each block is timed where it stands, behind and before what it really meets, in both its forms: in the network with
-    nothing pruned, the one with everything pruned, and pairs of a random subnet and its complement. (Timed alone, with
-    its input still in the cache, MobileNetV2's blocks came out up to a quarter wrong.) They take short turns."""
-    cuda, rng = images.device.type == "cuda", random.Random(0)
-
-    def stamp():
-        if not cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(start, end):
-        return start.elapsed_time(end) / 1e3 if cuda else end - start
-
-    subnets = [set()] + [{name for name in blocks if rng.random() < 0.5} for _ in range(pairs - 1)]
-    subnets += [set(blocks) - subnet for subnet in subnets]
-    networks = [merged_on(model, subnet, images.device) for subnet in subnets]
-    totals, spans = latencies(networks, images, rounds)[:, 1], {name: [] for name in blocks}  # start and end of every run
-    for network, name in itertools.product(networks, blocks):
-        module = network.get_submodule(name)
-        module.register_forward_pre_hook(lambda *_, name=name: spans[name].append([stamp()]))
-        module.register_forward_hook(lambda *_, name=name: spans[name][-1].append(stamp()))
-    times = {(name, pruned): [] for name in blocks for pruned in (False, True)}
-    for subnet, network, total in progress_bar(list(zip(subnets, networks, totals)) * rounds, "latency", unit="subnet"):
-        network(images)
-        for runs in spans.values():
-            runs.clear()
-        for _ in range(max(2, round(0.1 / total))):
-            network(images)
-        if cuda:
-            torch.cuda.synchronize()
-        spent = {name: statistics.median(seconds(*run) for run in runs) for name, runs in spans.items()}
-        for name in blocks:  # a block's own time: without its attention's, where that is chosen by itself
-            inner = sum(spent[other] for other in blocks if other.startswith(f"{name}."))
-            times[name, name in subnet].append(spent[name] - inner)
-    # A smaller network keeps more of itself in the cache: all its parts are faster than in a large one, and hooks cost time
-    # too. A straight line from the blocks' sums to the networks' totals (least squares of the relative errors) takes account
-    # of both, and leaves the costs additive.
-    times = {key: statistics.median(values) for key, values in times.items()}
-    sums = np.array([sum(times[name, name in subnet] for name in blocks) for subnet in subnets])
-    slope, rest = np.linalg.lstsq(np.stack([sums / totals, 1 / totals], 1), np.ones(len(subnets)), rcond=None)[0].tolist()
-    return {"baseline": {name: slope * times[name, False] for name in blocks},
-            "merged": {name: slope * times[name, True] for name in blocks}, "rest": rest}
+    Additive, by least squares of the relative errors, over `count` random subnets. A few at a time
+    are timed in turns with the unpruned network: what counts is how fast a block makes the network,
+    and a slow minute of the machine slows both. error: the median relative residual."""
+    rng, rows, shares, baseline = random.Random(0), [], [], []
+    subnets = [set(blocks)] + [set(rng.sample(blocks, rng.randint(1, len(blocks))))
+                               for _ in range(count - 1)]
+    for i in progress_bar(range(0, count, 3), "latency"):
+        some = [set(), *subnets[i:i + 3]]
+        networks = [merged_on(model, subnet, images.device) for subnet in some]
+        seconds = latencies(networks, images, rounds=5)[:, 1]
+        baseline.append(seconds[0])
+        rows += [[1, *(-(name in subnet) for name in blocks)] for subnet in some]
+        shares += list(seconds / seconds[0])
+    rows = np.array(rows) / np.array(shares)[:, None]
+    whole, *savings = np.linalg.lstsq(rows, np.ones(len(rows)), rcond=None)[0]
+    error = np.median(abs(rows @ [whole, *savings] - 1)[np.array(shares) != 1])
+    seconds = float(np.median(baseline))
+    return {"baseline": whole * seconds, "error": error,
+            "savings": {name: saving * seconds for name, saving in zip(blocks, savings)}}
 
 
-def latency_table(path, spec, model, blocks, batch, device):
-    """measure_blocks' result, from `path` where that was measured on the same device in the same way, else measured now.
-    Under torchrun all processes get the first one's."""
-    tables = [None]
-    about = {"model": spec["model"], "model_args": spec["model_args"], "end_act": spec["end_act"], "blocks": blocks,
-             "input": [batch, *spec["input_size"]], "dtype": "float32", "torch": torch.__version__,
+def latency_table(path, checkpoint, model, blocks, images):
+    """measure_blocks' result, from `path` where that was measured in the same way, else measured
+    now. Under torchrun all processes get the first one's."""
+    device, tables = images.device, [None]
+    about = {"model": checkpoint["model"], "model_args": checkpoint["model_args"], "blocks": blocks,
+             "input": list(images.shape), "torch": torch.__version__,
              "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
              "threads": torch.get_num_threads()}
     if processes()[0] == 0:
-        with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
-            tables = [json.load(file)]
-        if isinstance(tables[0], dict) and json.loads(json.dumps(about)).items() <= tables[0].items():
-            print(f"latencies of the blocks from {path}")
-        else:
-            images = torch.randn(batch, *spec["input_size"], device=device).to(memory_format=torch.channels_last)
-            tables = [{**about, **measure_blocks(model, blocks, images)}]
-            save_json(tables[0], path)
-            print(f"latencies of the blocks measured, kept in {path}")
+        with contextlib.suppress(OSError, ValueError, AttributeError), open(path) as file:
+            table = json.load(file)
+            tables = [table if json.loads(json.dumps(about)).items() <= table.items() else None]
+        print(f"latencies of the blocks: {'from' if tables[0] else 'measured now, kept in'} {path}")
+        tables = [tables[0] or {**about, **measure_blocks(model, blocks, images)}]
+        save_json(tables[0], path)
     if processes()[1] > 1:
         dist.broadcast_object_list(tables)
     return tables[0]
@@ -159,51 +136,47 @@ def save_json(content, path):
             json.dump(content, file, indent=1)
 
 
-# ---- which subnets keep to a budget ---------------------------------------------------------------------------------
+# ---- which subnets keep to a budget --------------------------------------------------------------
 
 def make_budget(kind, value, blocks, baseline, whole, savings):
-    """(fits, repair, every) for one budget: fits(candidate) says whether a set of blocks keeps to it; repair(candidate,
-    rng) makes it, by as few random changes as needed; every() yields all that fit. None of them ever has to give up: a
-    budget that nothing can meet is an error here, with the range that can be reached."""
+    """(fits, repair, every) for one budget: fits(candidate) says whether a set of blocks keeps to
+    it; repair(candidate, rng) makes it, by random changes; every() yields all that do. None has to
+    give up: a budget that nothing can meet is an error, with the range that can be reached."""
+    # Every budget asks for savings from `low` to `high`; pruning a block may also save less than 0
     if kind == "prune":
+        saving, low, high = dict.fromkeys(blocks, 1), value, value
         if not 1 <= value <= len(blocks):
             raise UserError(f"--prune {value}: this model has 1 to {len(blocks)} blocks to prune")
+    else:
+        saving = {name: savings[name][kind] for name in blocks}
+        low, high = whole[kind] - value * baseline[kind], math.inf
 
-        def fits(candidate):
-            return len(candidate) == value
+    def saved(candidate):  # in running order: a set's own order is another one in every process
+        return sum(saving[name] for name in blocks if name in candidate)
 
-        def repair(candidate, rng):
-            candidate = set(candidate)
-            while len(candidate) != value:
-                if len(candidate) > value:
-                    candidate.remove(rng.choice(sorted(candidate)))
-                else:
-                    candidate.add(rng.choice(sorted(set(blocks) - candidate)))
-            return frozenset(candidate)
+    def fits(candidate):
+        return low <= saved(candidate) <= high
 
-        def every():
-            return map(frozenset, itertools.combinations(blocks, value))
-        return fits, repair, every
-
-    saving = {name: savings[name][kind] for name in blocks}  # below 0 for some: a dense 5x5 has few MACs at stride 2
-    cheapest, dearest = (whole[kind] - sum(f(0, saved) for saved in saving.values()) for f in (max, min))
-    limit = value * baseline[kind]
-    if cheapest > limit:
-        raise UserError(f"--{kind} {value:g}: the cheapest subnet has {cheapest / baseline[kind]:.4f} of the baseline's"
-                        f" {kind}, the dearest {dearest / baseline[kind]:.4f}")
-
-    def fits(candidate):  # sums in running order: a set's own order is another one in every process
-        return whole[kind] - sum(saving[name] for name in blocks if name in candidate) <= limit
+    most, least = ([name for name in blocks if sign * saving[name] > 0] for sign in (1, -1))
+    if saved(most) < low:
+        cheapest, dearest = (math.ceil(1e4 * (whole[kind] - saved(some)) / baseline[kind]) / 1e4
+                             for some in (most, least))  # rounded up: what is printed can be met
+        raise UserError(f"--{kind} {value:g}: merged subnets have {cheapest:.4f} to {dearest:.4f}"
+                        f" of the baseline's {kind}")
 
     def repair(candidate, rng):
         candidate = set(candidate)
         while not fits(candidate):
-            candidate ^= {rng.choice([name for name in blocks if (saving[name] > 0) != (name in candidate)])}
+            more = saved(candidate) < low  # flip a block that saves more, or less
+            candidate ^= {rng.choice([name for name in blocks
+                                      if ((saving[name] > 0) == more) != (name in candidate)])}
         return frozenset(candidate)
 
-    def every(chosen=(), i=0):  # goes only where the blocks that are left can still save enough
-        if fits((*chosen, *(name for name in blocks[i:] if saving[name] > 0))):
-            if i == len(blocks):
+    def every(chosen=(), i=0):  # goes only where the blocks that are left can still make it fit
+        rest = blocks[i:]
+        if saved(chosen) + sum(max(0, saving[name]) for name in rest) >= low \
+                and saved(chosen) + sum(min(0, saving[name]) for name in rest) <= high:
+            if not rest:
                 yield frozenset(chosen)
             else:
                 yield from every(chosen, i + 1)
@@ -211,16 +184,16 @@ def make_budget(kind, value, blocks, baseline, whole, savings):
     return fits, repair, every
 
 
-# ---- scores -----------------------------------------------------------------------------------------------------------
+# ---- scores --------------------------------------------------------------------------------------
 
-def make_score(model, blocks, calibration, held_out):
-    """score(candidate) -> {"loss", "top1"} on `held_out`, a list of (images, labels), with BN statistics of `calibration`,
-    a list of images.
+def make_score(model, blocks, calibration, held_out, room=2**31):
+    """score(candidate) -> {"loss", "top1"} on `held_out`, a list of (images, labels), with BN
+    statistics of `calibration`, a list of images.
 
-    The first blocks that are as they were in the candidate before do not run again: what they gave is kept, if it fits in
-    memory. It is the same, bit for bit, and faster where candidates come sorted by `running_order`."""
+    The first blocks that are as in the candidate before do not run again: their outputs are kept,
+    if they fit in `room` bytes. It gives the same bits, faster where candidates come sorted."""
     modules = prunable_blocks(model)
-    kept, room, before, same, batch = {}, Images.in_memory, None, 0, 0  # {(block, number of the batch): the block's output}
+    kept, before, same, batch = {}, None, 0, 0  # kept: {(block, number of the batch): its output}
 
     def remember(i, forward, x, **kwargs):
         nonlocal kept, room
@@ -245,24 +218,26 @@ def make_score(model, blocks, calibration, held_out):
         nonlocal before, same
         forms, same = [name in candidate for name in blocks], 0
         if kept is not None and before is not None:
-            same = next((i for i, pair in enumerate(zip(forms, before)) if pair[0] != pair[1]), len(blocks))
+            same = next((i for i in range(len(blocks)) if forms[i] != before[i]), len(blocks))
         before = forms
         set_subnet(model, candidate)
-        still = [m for module in list(modules.values())[:same] for m in module.modules() if isinstance(m, BatchNorm)]
+        still = [norm for module in list(modules.values())[:same] for norm in module.modules()
+                 if isinstance(norm, BatchNorm)]
         recalibrate(model, numbered(calibration, 0), still)
         return evaluate(model, numbered(held_out, len(calibration)))
     return score
 
 
-def running_order(blocks):
-    """A sort key that puts candidates with the same first blocks beside each other."""
-    return lambda candidate: [name in candidate for name in blocks]
+def in_running_order(candidates, blocks):
+    """Sorted so that those with the same first blocks are neighbours."""
+    return sorted(candidates, key=lambda candidate: [name in candidate for name in blocks])
 
 
-def share_out(work, items):
-    """[work(item) for item in items]; under torchrun each process does a part of them and gets all the results."""
+def share_out(work, items, name):
+    """[work(item) for item in items]; under torchrun each process does a part, and gets all."""
     rank, world = processes()
-    mine = [work(item) for item in items[len(items) * rank // world:len(items) * (rank + 1) // world]]
+    mine = items[len(items) * rank // world:len(items) * (rank + 1) // world]
+    mine = [work(item) for item in progress_bar(mine, name, unit="subnet")]
     parts = [mine]
     if world > 1:
         parts = [None] * world
@@ -270,160 +245,181 @@ def share_out(work, items):
     return list(itertools.chain(*parts))
 
 
-def search(score, budget, blocks, population, generations, seed, scores=None, first=0, keep=None):
-    """Genetic search for the set of blocks within `budget` that has the lowest loss; exhaustive where no more subnets fit
-    than population x generations. Returns {candidate: {"loss", "top1", "generation"}} with all that was scored, and whether
-    that is all that fit.
+def ranked(scores, price="macs"):
+    """The candidates of `scores`, the best first: by loss, then by cost. NaN is the worst loss."""
+    def key(candidate):
+        loss = scores[candidate]["loss"]
+        return math.inf if math.isnan(loss) else loss, scores[candidate][price], sorted(candidate)
+    return sorted(scores, key=key)
 
-    scores: what is known already, also from other budgets. keep(generation, scores) saves what `first` goes on from."""
+
+def pareto(scores, price):
+    """The candidates that no other one beats in both cost and loss, the best first."""
+    front = []
+    for candidate in ranked(scores, price):
+        if not front or scores[candidate][price] < scores[front[-1]][price]:
+            front.append(candidate)
+    return front
+
+
+def search(score, budget, blocks, population, generations, seed, price="macs", scores=None, first=0,
+           keep=lambda *_: None):
+    """Genetic search for the set of blocks within `budget` with the lowest loss; exhaustive where
+    no more subnets fit than population x generations. Returns {candidate: score(candidate)} of all
+    that were scored, with their "generation", and whether that is all that fit.
+
+    scores: what is known already, also from other budgets. keep(generation, scores) saves what
+    `first` goes on from."""
     scores = {} if scores is None else scores
     fits, repair, every = budget
     everything = list(itertools.islice(every(), population * generations + 1))
     exact = len(everything) <= population * generations
     if exact:
-        everything.sort(key=running_order(blocks))
+        everything = in_running_order(everything, blocks)
         generations = -(-len(everything) // population)
         print(f"{len(everything)} subnets keep to the budget: scoring all of them")
-    bar = progress_bar(desc="search", total=population * generations, initial=population * first, unit="subnet")
-
-    def work(candidate):
-        bar.update(processes()[1])
-        return score(candidate)
-
     for generation in range(first, generations):
-        rng = random.Random(f"{seed}/{generation}")
-        started, fresh = time.time(), set()
-        parents = sorted(filter(fits, scores), key=lambda c: (scores[c]["loss"], sorted(c)))[:max(2, population // 4)]
+        rng, started, fresh = random.Random(f"{seed}/{generation}"), time.time(), set()
+        parents = list(filter(fits, ranked(scores, price)))[:max(2, population // 4)]
         if exact:
-            fresh.update(c for c in everything[population * generation:population * (generation + 1)] if c not in scores)
-        for _ in range(0 if exact else 20 * population):  # few new ones are left where the space is small
+            some = everything[population * generation:population * (generation + 1)]
+            fresh.update(candidate for candidate in some if candidate not in scores)
+        for _ in range(0 if exact else 20 * population):  # few are new where the space is small
             if len(fresh) == population:
                 break
             if len(parents) < 2 or rng.random() < 0.1:
-                child = [name for name in blocks if rng.random() < 0.5]
+                child = {name for name in blocks if rng.random() < 0.5}
             else:
                 mother, father = rng.sample(parents, 2)
                 child = {name for name in blocks if name in rng.choice((mother, father))}
-                child ^= {name for name in blocks if rng.random() < 1 / len(blocks)}  # mutation: one flip on average
+                child ^= {name for name in blocks if rng.random() < 1 / len(blocks)}  # mutation
             child = repair(child, rng)
             if child not in scores:
                 fresh.add(child)
-        fresh = sorted(fresh, key=running_order(blocks))
-        for child, result in zip(fresh, share_out(work, fresh)):
+        fresh, name = in_running_order(fresh, blocks), f"generation {generation + 1}/{generations}"
+        for child, result in zip(fresh, share_out(score, fresh, name)):
             scores[child] = {**result, "generation": generation + 1}
-        best = min((scores[c] for c in scores if fits(c)), key=lambda s: s["loss"])
-        bar.set_postfix(loss=f"{best['loss']:.3f}", refresh=False)
-        if keep:
-            keep(generation + 1, scores)
-        print(f"generation {generation + 1}/{generations}  scored {len(scores)}  best loss {best['loss']:.4f}"
-              f"  top-1 {best['top1']:.2f} %  {len(fresh) / (time.time() - started):.2f} subnets/s", flush=True)
-    bar.close()
+        keep(generation + 1, scores)
+        best = scores[next(filter(fits, ranked(scores, price)))]
+        print(f"{name}  scored {len(scores)}  best loss {best['loss']:.4f}  top-1"
+              f" {best['top1']:.2f} %  {len(fresh) / (time.time() - started):.2f} subnets/s", flush=True)
     return scores, exact
 
 
-def pareto(scores, price):
-    """The scored candidates that no other one beats in both price and loss, the dearest first."""
-    front = []
-    for candidate in sorted(scores, key=lambda c: (price(c), scores[c]["loss"])):
-        if not front or scores[candidate]["loss"] < scores[front[-1]]["loss"]:
-            front.append(candidate)
-    return front[::-1]
-
-
 def main():
-    args = parser.parse_args()
-    device = pick_device(args.device)
-    check_writable(args.out)
-    kind = next((kind for kind in ("macs", "params", "latency") if getattr(args, kind)), "prune")
-    values, (root, ending) = getattr(args, kind), os.path.splitext(args.out)
-    paths = [f"{root}-{value:g}{ending}" for value in values] if values and len(values) > 1 else [args.out]
-    spec = read(args.supernet, "supernet")
-    flags = describe_run(args, "supernet")
-    state = None if args.score else read_state(args, flags, paths[-1])
-    spec["data_dir"] = args.data_dir or spec["data_dir"]
-    model = restore(spec)
+    def outputs(args):
+        budgets, (root, ending) = getattr(args, kind(args)), os.path.splitext(args.out)
+        several = budgets and len(budgets) > 1
+        return [f"{root}-{value:g}{ending}" for value in budgets] if several else [args.out]
+
+    def kind(args):
+        return next((key for key in ("macs", "params", "latency") if getattr(args, key)), "prune")
+
+    args, device, state = start(parser, "supernet", last_output=lambda args: outputs(args)[-1])
+    kind, paths, root = kind(args), outputs(args), os.path.splitext(args.out)[0]
+    price = "macs" if kind == "prune" else kind
+    checkpoint = read_checkpoint(args.supernet, "supernet")
+    data = {**checkpoint["data"], "data_dir": args.data_dir or checkpoint["data"]["data_dir"]}
+    model = build(checkpoint)
     blocks = list(prunable_blocks(model))
-    whole, savings = block_savings(build(spec), blocks, spec["input_size"])
+    whole, savings = block_savings(build(checkpoint), blocks, data["input_size"])
+    images = torch.randn(args.latency_batch, *data["input_size"], device=device)
+    images = images.to(memory_format=torch.channels_last)
     if args.latency:
-        table = latency_table(os.path.join(os.path.dirname(args.out), "latency.json"), spec, model, blocks,
-                              args.latency_batch, device)
-        whole["latency"] = table["rest"] + sum(table["baseline"].values())
+        path = os.path.join(os.path.dirname(args.out), "latency.json")
+        table = latency_table(path, checkpoint, model, blocks, images)
+        whole["latency"] = table["baseline"]
         for name in blocks:
-            savings[name]["latency"] = table["baseline"][name] - table["merged"][name]
-    baseline = {**whole, **{key: spec["baseline"][key] for key in ("params", "macs")}}
-    values = values or [len(blocks) // 2]
-    budgets = [make_budget(kind, value, blocks, baseline, whole, savings) for value in ([] if args.score else values)]
-    specs = [(path, read_json(path, spec["model"])["prune"]) for path in args.score or ()]
-    for _, prune in specs:
-        set_subnet(model, prune)  # an unknown block is told here
+            savings[name]["latency"] = table["savings"][name]
+    baseline = {**whole, **{key: checkpoint["baseline"][key] for key in ("params", "macs")}}
+    values = getattr(args, kind) or [len(blocks) // 2]
+    budgets = [] if args.score else [
+        make_budget(kind, value, blocks, baseline, whole, savings) for value in values]
+    own = [(path, read_subnet(path, checkpoint["model"])["prune"]) for path in args.score or ()]
+    for _, prune in own:
+        set_subnet(model, prune)  # raises for an unknown block
 
     model.to(device, memory_format=torch.channels_last)
-    calibration = [images for images, _ in make_loader(
-        spec, "train", args.batch_size, device, args.workers, limit=args.calibrate)]
-    held_out = list(make_loader(spec, "holdout", args.batch_size, device, args.workers, limit=args.images))
-    score = make_score(model, blocks, calibration, held_out)
+    some = make_loader(data, "train", args.batch_size, device, args.workers, args.calibrate)
+    held_out = make_loader(data, "holdout", args.batch_size, device, args.workers, args.images)
+    few = len(held_out.dataset)
+    if few < 200:
+        print(f"only {few} held-out images: one of them is {100 / few:.1f} points of top-1")
+    score_alone = make_score(model, blocks, [images for images, _ in some], list(held_out))
 
-    def merged_cost(candidate):
-        return {key: whole[key] - sum(savings[name][key] for name in blocks if name in candidate) for key in whole}
+    def score(candidate):
+        saved = {key: sum(savings[name][key] for name in blocks if name in candidate)
+                 for key in whole}
+        return {**score_alone(candidate), **{key: whole[key] - saved[key] for key in whole}}
+
+    def row(name, s):
+        return (name, f"{s['params'] / 1e6:.3f}", f"{s['macs'] / 1e6:.1f}",
+                *([f"{s['latency'] * 1e3:.2f}"] if args.latency else []),
+                *((f"{s['loss']:.4f}", f"{s['top1']:.2f}") if "loss" in s else ("", "")))
 
     def named(candidate):
-        return " ".join(name for name in blocks if name in candidate)
+        return [name for name in blocks if name in candidate]
 
-    def row(name, c, s):
-        return (name, f"{c['params'] / 1e6:.3f}", f"{c['macs'] / 1e6:.1f}",
-                *([f"{c['latency'] * 1e3:.2f}"] if args.latency else []),
-                *((f"{s['loss']:.4f}", f"{s['top1']:.2f}") if s else ("", "")))
-
-    header = ("", "params (M)", "MACs (M)", *(["latency (ms)"] if args.latency else []), "held-out loss", "held-out top-1 (%)")
-    ends = [row("baseline", baseline, None), row("nothing pruned, BN folded", whole, score([])),
-            row("everything pruned, merged", merged_cost(blocks), score(blocks))]
+    header = ("", "params (M)", "MACs (M)", *(["latency (ms)"] if args.latency else []),
+              "held-out loss", "held-out top-1 (%)")
+    table = [row("baseline", baseline), row("nothing pruned, BN folded", score([])),
+             row("everything pruned, merged", score(blocks))]
     if args.score:
-        print_table(header, ends + [row(path, merged_cost(prune), score(prune)) for path, prune in specs])
+        print_table(header, table + [row(path, score(prune)) for path, prune in own])
         return
 
-    # Search
+    def save_subnet(candidate, path, **more):
+        costs = {key: scores[candidate][key] for key in whole}
+        found = {key: scores[candidate][key] for key in ("loss", "top1", "generation")}
+        save_json({"format": 1, "model": checkpoint["model"], "prune": named(candidate),
+                   "model_args": checkpoint["model_args"], "input_size": data["input_size"],
+                   "baseline": baseline, "merged": costs, "search": {**found, **more},
+                   "flags": vars(args)}, path)
+
+    def keep(generation, scores):
+        save_csv([{"prune": " ".join(named(c)), "blocks": len(c), **s} for c, s in scores.items()],
+                 f"{root}.search.csv")
+        save({"stage": "unfinished run", "flags": vars(args), "budget": number,
+              "generation": generation, "scores": [(sorted(c), s) for c, s in scores.items()]},
+             args.out + ".last")
+
     first_budget, first, scores = 0, 0, {}
     if state:
-        first_budget, first, scores = state["budget"], state["generation"], {frozenset(c): s for c, s in state["scores"]}
-        print(f"going on after generation {first}" + (f" of --{kind} {values[first_budget]:g}" if len(values) > 1 else ""))
+        first_budget, first = state["budget"], state["generation"]
+        scores = {frozenset(candidate): result for candidate, result in state["scores"]}
+        print(f"going on after generation {first} of --{kind} {values[first_budget]:g}")
     for number in range(first_budget, len(values)):
-        if len(values) > 1:
-            print(f"--{kind} {values[number]:g}")
-
-        def keep(generation, scores):
-            save_csv([{"prune": named(c), "blocks": len(c), **s, **merged_cost(c)} for c, s in scores.items()],
-                     f"{root}.search.csv")
-            save_state(args, flags, budget=number, generation=generation,
-                       scores=[(sorted(candidate), result) for candidate, result in scores.items()])
-
-        scores, exact = search(
-            score, budgets[number], blocks, args.population, args.generations, args.seed, scores, first, keep)
-        first = 0
-        ranked = sorted(scores, key=lambda c: (scores[c]["loss"], sorted(c)))
-        best = next(filter(budgets[number][0], ranked))
-        prune, merged = [name for name in blocks if name in best], merged_cost(best)
-        result = {**scores[best], "evaluated": len(scores), "seed": args.seed, "optimum": exact, "best_of_each_size": {
-            size: [{"prune": named(c), **scores[c]} for c in ranked if len(c) == size][:3]
-            for size in sorted(set(map(len, ranked)))}}
-        timed = ""
+        print(f"--{kind} {values[number]:g}")
+        scores, exact = search(score, budgets[number], blocks, args.population, args.generations,
+                               args.seed, price, scores, first, keep)
+        fitting, first = list(filter(budgets[number][0], ranked(scores, price))), 0
+        best = fitting[0]
+        notes = {"evaluated": len(scores), "optimum": exact}
+        print(f"\nprune {len(best)} of {len(blocks)} blocks: {' '.join(named(best))}")
+        if exact:
+            print("the best of all that keep to the budget")
+        equal = sum(scores[c]["loss"] == scores[best]["loss"] for c in fitting)
+        if equal > 1:
+            print(f"{equal} subnets have this loss: this one costs least")
         if args.latency and processes()[0] == 0:
-            images = torch.randn(args.latency_batch, *spec["input_size"], device=device).to(memory_format=torch.channels_last)
-            seconds = latencies([merged_on(build(spec), subnet, device) for subnet in ([], prune)], images)[:, 1]
-            result["timed_latency"] = dict(zip(("baseline", "merged"), seconds))
-            timed = (f"\nlatency: predicted {merged['latency'] / whole['latency']:.3f} of the baseline's, the merged network"
-                     f" itself {seconds[1] / seconds[0]:.3f}")
-        save_json({"format": 1, "model": spec["model"], "model_args": spec["model_args"], "input_size": spec["input_size"],
-                   "prune": prune, "baseline": baseline, "merged": merged,
-                   "search": result, "flags": flags}, paths[number])
-        print(f"\nprune {len(prune)} of {len(blocks)} blocks: {' '.join(prune)}"
-              + ("\nthe best of all that keep to the budget" if exact else "") + timed + "\n")
-        print_table(header, ends[:2] + [row("this subnet, merged", merged, scores[best])] + ends[2:])
+            networks = [merged_on(build(checkpoint), prune, device) for prune in ([], best)]
+            seconds = latencies(networks, images)[:, 1]
+            notes["timed_latency"] = dict(zip(("baseline", "merged"), seconds))
+            print(f"latency: predicted {scores[best]['latency'] / whole['latency']:.3f} of the"
+                  f" baseline's, the merged network itself {seconds[1] / seconds[0]:.3f}")
+        save_subnet(best, paths[number], **notes)
+        print()
+        print_table(header, table[:2] + [row("this subnet, merged", scores[best])] + table[2:])
         print(f"\nwrote {paths[number]}\n")
-    remove_state(args)
-    price = "macs" if kind == "prune" else kind
-    front = pareto(scores, lambda c: merged_cost(c)[price])
-    print(f"best trade-offs of {price} and loss among the {len(scores)} scored; all are in {root}.search.csv")
-    print_table(header, [row(f"{len(c)} pruned", merged_cost(c), scores[c]) for c in front])
+    front = pareto(scores, price)
+    if processes()[0] == 0:
+        os.remove(args.out + ".last")
+        shutil.rmtree(f"{root}.front", ignore_errors=True)
+    for i, candidate in enumerate(front, 1):
+        save_subnet(candidate, f"{root}.front/{i}.json")
+    print(f"best trade-offs of {price} and loss among the {len(scores)} scored, with their specs;"
+          f" all are in {root}.search.csv")
+    print_table(header, [row(f"{root}.front/{i}.json", scores[c]) for i, c in enumerate(front, 1)])
 
 
 if __name__ == "__main__":

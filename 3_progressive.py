@@ -1,159 +1,218 @@
-"""Stage 3 of 4: trains the chosen subnet while it moves from the baseline's structure to the pruned one.
+"""Stage 3 of 4: trains the chosen subnet while it moves from the baseline's form to the pruned.
 
-Reads runs/supernet.pt and runs/subnet.json. Writes runs/subnet.pt: the subnet at λ = 1, ready to be merged. Beside it,
-runs/subnet.csv has a row per epoch, and while the stage runs, runs/subnet.pt.last is what --resume goes on from.
+Reads runs/supernet.pt and runs/subnet.json. Writes runs/subnet.pt: the subnet at lam = 1, ready to
+be merged. Beside it, runs/subnet.csv has a row per epoch, and while the stage runs,
+runs/subnet.pt.last is what --resume goes on from.
 
     python 3_progressive.py
-    python 3_progressive.py --epochs 0                              # no training
+    python 3_progressive.py --epochs 0                           # no training
     python 3_progressive.py --epochs 30 --lr 5e-4
-    python 3_progressive.py --transition 0                          # direct pruning, to compare with
-    python 3_progressive.py --transition 0 --start random           # from scratch, to compare with
+    python 3_progressive.py --transition 0                       # direct pruning, to compare with
+    python 3_progressive.py --transition 0 --start random        # from scratch, to compare with
     python 3_progressive.py --subnet my.json --supernet runs/supernet.pt
     torchrun --nproc-per-node 8 3_progressive.py --amp --workers 8
 
-It starts from the baseline's own weights, and first fits the pruned blocks to it in closed form, on --calibrate training
-images; --epochs 0 leaves it at that: pruning without training. λ of the pruned blocks rises with every step over the first
---transition of the steps, fast at first and slowly near 1, where a little more λ costs most; then it stays 1. The learning
-rate is held for the first --hold of the steps, also where --transition is 0, and falls to 0 (cosine) after that: it should
-not fall before λ is 1. The unpruned baseline's outputs serve as soft labels.
+It starts from the baseline's own weights, and first fits the pruned blocks to it in closed form, on
+--calibrate training images; --epochs 0 leaves it at that. Then `lam`, the paper's λ, of the pruned
+blocks rises with every step over the first --transition of the steps, fast at first and slowly near
+1, where a little more costs most; after that it stays 1. The learning rate is held for the first
+--hold of the steps and falls to 0 by a cosine after that: it should not fall before lam is 1. The
+unpruned baseline's outputs serve as soft labels.
 """
 import argparse
 import copy
 import math
 import os
+import time
 
 import torch
 import torch.nn.functional as F
-from timm.utils import random_seed
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import CosineLRScheduler
+from timm.utils import AverageMeter, ModelEmaV3, distribute_bn, random_seed
 
-from blocks import (Epoch, Training, add_training_flags, at_least, check_writable, cost, create_model, describe_run,
-                    evaluate, fit_blocks, fraction, label_loss, load_baseline, make_loader, make_mixup, make_prunable, merge,
-                    obstacles, pick_device, print_best, print_table, processes, prunable_blocks, read, read_json, read_state,
-                    recalibrate, remove_state, restore, run, save, save_csv, save_state, set_subnet)
+from blocks import (UserError, at_least, average, build, compile_blocks, cost, create_model,
+                    evaluate, fit, make_loader, make_prunable, merge, obstacles, print_table,
+                    processes, progress_bar, prunable_blocks, read_checkpoint, read_subnet,
+                    recalibrate, run, save, save_csv, set_subnet, start)
 
-parser = argparse.ArgumentParser(
-    description="Stage 3 of 4: trains the subnet from λ = 0 to λ = 1.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-parser.add_argument("--supernet", default="runs/supernet.pt", metavar="FILE", help="stage 1's checkpoint")
-parser.add_argument("--subnet", default="runs/subnet.json", metavar="FILE", help="stage 2's spec, or your own")
-parser.add_argument("--data-dir", metavar="DIR", help="where the images are (None: where stage 1 found them)")
+parser = argparse.ArgumentParser(description="Stage 3 of 4: trains the subnet from lam = 0 to 1.",
+                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+flag, positive, share = parser.add_argument, at_least(0, float), at_least(0, float, 1)
+flag("--supernet", default="runs/supernet.pt", metavar="FILE", help="stage 1's checkpoint")
+flag("--subnet", default="runs/subnet.json", metavar="FILE", help="stage 2's spec, or your own")
+flag("--data-dir", metavar="DIR", help="where the images are (None: where stage 1 found them)")
 # training
-parser.add_argument("--epochs", type=at_least(0), default=6, help="epochs; 0 prunes without training")
-parser.add_argument("--transition", type=fraction, default=0.1, metavar="R",
-                    help="share of the steps while λ goes from 0 to 1; 0 prunes directly")
-parser.add_argument("--hold", type=fraction, default=0.5, metavar="R", help="share of the steps at the full learning rate")
-parser.add_argument("--start", default="baseline", choices=("baseline", "supernet", "random"),
-                    help="weights to start from; random, with --transition 0, trains the pruned network from scratch")
-parser.add_argument("--distill", type=fraction, default=0.5, metavar="W", help="weight, 0 to 1, of the baseline's soft labels")
-parser.add_argument("--end-act", action=argparse.BooleanOptionalAction, default=None,
-                    help="insert an activation at the end of pruned blocks that have none (None: in CNNs of which no block stays, if they are trained)")
-add_training_flags(parser, lr=1e-3, warmup=0.0)
-parser.add_argument("--out", default="runs/subnet.pt", metavar="FILE", help="the trained subnet's checkpoint")
+flag("--epochs", type=at_least(0), default=6, help="epochs; 0 prunes without training")
+flag("--transition", type=share, default=0.1, metavar="R",
+     help="share of the steps while lam goes from 0 to 1; 0 prunes directly")
+flag("--hold", type=share, default=0.5, metavar="R", help="share of the steps at the full rate")
+flag("--start", default="baseline", choices=("baseline", "random"), help="weights to start from")
+flag("--distill", type=share, default=0.5, metavar="W", help="weight of the baseline's soft labels")
+flag("--end-act", action=argparse.BooleanOptionalAction, default=None,
+     help="insert an activation at the end of pruned blocks that have none (None: where all blocks"
+          " of a CNN are pruned, and trained)")
+flag("--calibrate", type=at_least(0), default=4096, metavar="N",
+     help="training images to fit the pruned blocks on; 0: each starts as its skip alone")
+flag("--batch-size", type=at_least(2), default=64, help="images per step and process")
+flag("--lr", type=positive, default=1e-3, help="peak learning rate; falls to 0 by a cosine")
+flag("--warmup", type=share, default=0.0, metavar="R", help="share of the steps before the peak")
+flag("--opt", default="adamw", choices=list_optimizers(), metavar="NAME", help="a timm optimiser")
+flag("--weight-decay", type=positive, default=0.05, help="not for norms and biases")
+flag("--clip-grad", type=positive, default=1.0, metavar="NORM", help="largest gradient; inf: any")
+flag("--ema", type=share, metavar="DECAY", help="average the weights, too, and take those: 0.9999")
+flag("--mixup", type=positive, default=0.0, metavar="ALPHA", help="mixup, e.g. 0.8")
+flag("--cutmix", type=positive, default=0.0, metavar="ALPHA", help="cutmix, e.g. 1.0")
+flag("--smoothing", type=share, default=0.0, help="label smoothing, e.g. 0.1")
+flag("--aa", metavar="POLICY", help="augmentation in timm's notation: rand-m9-mstd0.5-inc1")
+flag("--reprob", type=share, default=0.0, help="probability of random erasing, e.g. 0.25")
+flag("--amp", action="store_true", help="mixed precision (bfloat16)")
+flag("--compile", action="store_true", help="torch.compile each block: slow to start, faster later")
+flag("--seed", type=at_least(0), default=0, help="of all random numbers")
+flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
+flag("--workers", type=at_least(0), default=min(2, torch.get_num_threads()), help="to load images")
+flag("--resume", action="store_true", help="go on from OUT.last, if it is there, with its flags")
+flag("--out", default="runs/subnet.pt", metavar="FILE", help="the trained subnet's checkpoint")
 
 
-def mix_at(step, steps, transition):
-    """λ at a step, counted from 0 of `steps`: a quarter sine that is 1 from the end of the transition on."""
+def lam_at(step, steps, transition):
+    """lam at a step, counted from 0 of `steps`: a quarter sine, 1 after the transition."""
     ramp = transition * steps
     return 1.0 if step + 1 >= ramp else math.sin(math.pi / 2 * (step + 1) / ramp)
 
 
-def train(model, teacher, prune, loader, args, report, log, keep=None, state=None):
-    """Trains `model` while the blocks `prune` go from λ = 0 to λ = 1, on the labels and on the teacher's soft labels. After
-    every epoch there is a row for `log`, with what report(model) measures. Returns the trained model and its last report.
-
-    keep(epoch, training, report) saves the state that `state` goes on from."""
-    steps, first, result = args.epochs * len(loader), 0, None
-    training = Training(model, args, steps, args.hold)
-    mixup = make_mixup(args, loader, model.num_classes)
+def train(model, teacher, prune, loader, val, args, state):
+    """Trains `model` while the blocks `prune` go from lam = 0 to 1, on the labels and the teacher's
+    soft labels. After every epoch it saves what `state` goes on from. Returns the trained model and
+    its top-1 and loss on `val`."""
+    device, (rank, world), steps = loader.device, processes(), args.epochs * len(loader)
+    fused = {"fused": True} if args.opt in ("adam", "adamw", "sgd") else {}  # faster, on CPUs, too
+    optimizer = create_optimizer_v2(model, args.opt, args.lr, args.weight_decay, **fused)
+    warmup = round(args.warmup * steps)
+    hold = max(warmup, round(args.hold * steps))
+    scheduler = CosineLRScheduler(
+        optimizer, max(1, steps - hold), warmup_t=warmup, warmup_lr_init=args.lr / 10,
+        warmup_prefix=True, t_in_epochs=False)
+    mixup = None
+    if args.mixup or args.cutmix:
+        if loader.loader.batch_size % 2:
+            raise UserError("--mixup and --cutmix need an even --batch-size")
+        mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing,
+                      num_classes=model.num_classes)
+    smoothing = 0 if mixup else args.smoothing
+    ema = ModelEmaV3(model, args.ema, use_warmup=True) if args.ema else None
+    best = ema.module if ema else model  # the one that counts
+    parts, log, first, result = [model, best, optimizer], [], 0, None
     if state:
-        training.load_state_dict(state["training"])
-        first, result = state["epoch"], state["result"]
+        log, first, result = state["log"], state["epoch"], state["result"]
+        for part, saved in zip(parts, state["parts"]):
+            part.load_state_dict(saved)
+    if args.compile:
+        compile_blocks(model)
     for epoch in range(first, args.epochs):
+        random_seed(1000 * args.seed + epoch, rank)  # nothing depends on what came before
+        loader.sampler.set_epoch(epoch)
+        losses, started = AverageMeter(), time.time()
         name = f"progressive {epoch + 1}/{args.epochs}"
-        progress = Epoch(name, loader, args.seed, epoch)
+        bar = progress_bar(loader, name)
         model.train()
-        for step, (images, labels) in enumerate(loader, epoch * len(loader)):
-            lr, mix = training.start(step), mix_at(step, steps, args.transition)
-            set_subnet(model, prune, mix)
-            images, labels = mixup(images, labels)
-            with training.autocast():
+        for step, (images, labels) in enumerate(bar, epoch * len(loader)):
+            lam = lam_at(step, steps, args.transition)
+            set_subnet(model, prune, lam)
+            scheduler.step_update(min(step, warmup) + max(0, step - hold))
+            lr = optimizer.param_groups[0]["lr"]
+            images, labels = mixup(images, labels) if mixup else (images, labels)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 logits = model(images)
-                loss = label_loss(logits, labels, args.smoothing)
+                loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
                 if args.distill:
                     with torch.no_grad():
                         soft = teacher(images).float().softmax(-1)
                     loss = (1 - args.distill) * loss + args.distill * F.cross_entropy(logits, soft)
-            training.backward(loss)
-            training.update(step)
-            progress.update(loss, step=step + 1, λ=mix, lr=lr)
-        speed = progress.finish()
-        training.end_epoch()
-        set_subnet(training.result, prune, mix)
-        result = report(training.result)
-        log.append({"epoch": epoch + 1, "mix": mix, "lr": lr, "train_loss": speed["loss"], "val_top1": result["top1"],
-                    "images_per_s": speed["images_per_s"]})
-        if keep:
-            keep(epoch + 1, training, result)
-        print(f"{name}  λ {mix:.3f}  lr {lr:.2e}  loss {speed['loss']:.3f}  top-1 {result['top1']:.2f} %"
-              f"  {speed['images_per_s']:.0f} img/s", flush=True)
-    return training.result, result
+            loss.backward()
+            average([weight.grad for weight in model.parameters() if weight.grad is not None])
+            torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+            optimizer.step()
+            optimizer.zero_grad()
+            if ema:
+                ema.update(model, step)
+            losses.update(loss.item())
+            if not math.isfinite(losses.val):
+                raise UserError(f"the loss is {losses.val} at step {step + 1}, lam {lam:g}, lr"
+                                f" {lr:g}. Try a lower --lr; OUT.last keeps the epoch before")
+            bar.set_postfix(lam=f"{lam:.3f}", loss=f"{losses.avg:.3f}", refresh=False)
+        speed = losses.count * loader.loader.batch_size * world / (time.time() - started)
+        mean_loss = torch.tensor(losses.avg, dtype=torch.float64, device=device)
+        average([mean_loss])
+        if world > 1:  # each process has BN statistics of its own images
+            distribute_bn(model, world, reduce=True)
+            distribute_bn(best, world, reduce=True)
+        if not all(weight.isfinite().all() for weight in model.parameters()):
+            raise UserError("weights are not finite at the end of the epoch. Try a lower --lr;"
+                            " OUT.last keeps the epoch before")
+        set_subnet(best, prune, lam)
+        result = evaluate(best, val, split=True)
+        log.append({"epoch": epoch + 1, "lam": lam, "lr": lr, "train_loss": mean_loss.item(),
+                    "val_top1": result["top1"], "images_per_s": round(speed, 1)})
+        save_csv(log, os.path.splitext(args.out)[0] + ".csv")
+        save({"stage": "unfinished run", "flags": vars(args), "epoch": epoch + 1, "log": log,
+              "result": result, "parts": [part.state_dict() for part in parts]}, args.out + ".last")
+        print(f"{name}  lam {lam:.3f}  lr {lr:.2e}  loss {mean_loss:.3f}  top-1"
+              f" {result['top1']:.2f} %  {speed:.0f} img/s", flush=True)
+    return best, result
 
 
 def main():
-    args = parser.parse_args()
-    device = pick_device(args.device, args.compile)
-    check_writable(args.out)
+    args, device, state = start(parser, "supernet", "subnet")
     random_seed(args.seed)
-    spec = read(args.supernet, "supernet")
-    subnet = read_json(args.subnet, spec["model"])
-    flags = describe_run(args, "supernet", "subnet", processes=processes()[1])
-    state = read_state(args, flags)
-    spec["data_dir"] = args.data_dir or spec["data_dir"]
-    teacher = load_baseline(spec, device).to(memory_format=torch.channels_last)
-    model = create_model(spec["model"], **spec["model_args"]) if args.start == "random" else load_baseline(spec)
+    checkpoint = read_checkpoint(args.supernet, "supernet")
+    subnet = read_subnet(args.subnet, checkpoint["model"])
+    data = {**checkpoint["data"], "data_dir": args.data_dir or checkpoint["data"]["data_dir"]}
+    teacher = build(checkpoint, baseline=True)
+    model = copy.deepcopy(teacher)
+    teacher.to(device, memory_format=torch.channels_last)
+    if args.start == "random":
+        model = create_model(checkpoint["model"], **checkpoint["model_args"])
+    # Without training end activations only harm, and so they do as long as some block stays
     whole = copy.deepcopy(model)
     everything = set(subnet["prune"]) == set(make_prunable(whole)) and not obstacles(whole)
-    # What was only fitted is better off without it, and so is what is trained as long as some block is not linear
-    spec["end_act"] = False if args.end_act is None and not (everything and args.epochs) else args.end_act
-    make_prunable(model, spec["end_act"], spec.get("attention"))
-    set_subnet(model, subnet["prune"])  # an unknown block is told here
-    prune = spec["prune"] = [name for name in prunable_blocks(model) if name in subnet["prune"]]
-    if args.start == "supernet":
-        model = restore(spec)
+    end_act = args.end_act if args.end_act is not None or everything and args.epochs else False
+    make_prunable(model, end_act, checkpoint["attention"])
+    set_subnet(model, subnet["prune"])  # raises for an unknown block
+    prune = [name for name in prunable_blocks(model) if name in subnet["prune"]]
     model.to(device, memory_format=torch.channels_last)
-    loader = make_loader(spec, "train", args.batch_size, device, args.workers, augment=args)
-    val = make_loader(spec, "val", args.batch_size, device, args.workers, share=True)
-    log = state["log"] if state else []
-
-    def report(model):
-        return evaluate(model, val, shared=True)
-
-    def keep(epoch, training, result):
-        save_csv(log, os.path.splitext(args.out)[0] + ".csv")
-        save_state(args, flags, epoch=epoch, log=log, result=result, training=training.state_dict())
-
+    loader = make_loader(data, "train", args.batch_size, device, args.workers, augment=args)
+    val = make_loader(data, "val", args.batch_size, device, args.workers, split=True)
+    print(f"{checkpoint['model']}, {len(prune)} blocks pruned, baseline top-1"
+          f" {checkpoint['baseline']['top1']:.2f} %")
     if state:
-        print(f"{spec['model']}, {len(prune)} blocks pruned, going on after epoch {state['epoch']}")
+        print(f"going on after epoch {state['epoch']}")
     else:
-        mix = mix_at(0, args.epochs * len(loader), args.transition)
-        if args.calibrate and prune and args.start == "baseline":  # one after the other, each on the inputs that it will see
-            fit_blocks(model, [[name] for name in prune], spec, args, device)
-        set_subnet(model, prune, mix)
-        recalibrate(model, (images for images, _ in make_loader(spec, "train", args.batch_size, device, limit=1024)))
-        result = report(model)
-        print(f"{spec['model']}, {len(prune)} blocks pruned, baseline top-1 {spec['baseline']['top1']:.2f} %,"
-              f" at the start (λ = {mix:.3f}) {result['top1']:.2f} %")
+        if args.calibrate and args.start == "baseline":
+            few = make_loader(data, "train", args.batch_size, device, args.workers,
+                              limit=args.calibrate, split=True)
+            for i, name in enumerate(progress_bar(prune, "fit")):  # on the inputs that it will see
+                fit(model, [name], (images for images, _ in few), prune[:i])
+        lam = lam_at(0, args.epochs * len(loader), args.transition)
+        set_subnet(model, prune, lam)
+        few = make_loader(data, "train", args.batch_size, device, limit=1024)
+        recalibrate(model, (images for images, _ in few))
+        result = evaluate(model, val, split=True)
+        print(f"at the start, with lam {lam:.3f}, top-1 {result['top1']:.2f} %", flush=True)
     if args.epochs:
-        model, result = train(model, teacher, prune, loader, args, report, log, keep, state)
-
+        model, result = train(model, teacher, prune, loader, val, args, state)
     model.cpu().eval()
-    save({**spec, "stage": "subnet", "flags": flags, "subnet": result, "state_dict": model.state_dict()}, args.out)
-    remove_state(args)
-    print_best("progressive", log)
+    save({**checkpoint, "stage": "subnet", "flags": vars(args), "prune": prune, "end_act": end_act,
+          "subnet": result, "state_dict": model.state_dict()}, args.out)
+    if processes()[0] == 0 and os.path.exists(args.out + ".last"):
+        os.remove(args.out + ".last")
+    merged = cost(merge(model), data["input_size"])
     print()
-    merged = cost(merge(model), spec["input_size"])
     print_table(("", "params (M)", "MACs (M)", "top-1 (%)"), [
-        (name, f"{c['params'] / 1e6:.3f}", f"{c['macs'] / 1e6:.1f}", f"{r['top1']:.2f}") for name, c, r in (
-            ("baseline", spec["baseline"], spec["baseline"]), ("this subnet, once merged", merged, result))])
+        (name, f"{c['params'] / 1e6:.3f}", f"{c['macs'] / 1e6:.1f}", f"{r['top1']:.2f}")
+        for name, c, r in (("baseline", checkpoint["baseline"], checkpoint["baseline"]),
+                           ("this subnet, once merged", merged, result))])
     print(f"\nwrote {args.out}")
 
 

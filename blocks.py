@@ -1,34 +1,23 @@
 """Prunable CNN and ViT blocks, and what the four stages share.
 
-UPDP prunes depth: it replaces whole blocks of a network by smaller ones that merge into one layer each
-(Liu et al., "UPDP: A Unified Progressive Depth Pruner for CNN and Vision Transformer", AAAI 2024).
-Every prunable block holds two forms, and its output is a mix of theirs:
+UPDP prunes depth: it replaces whole blocks of a network by smaller ones that merge into one layer
+each (Liu et al., "UPDP: A Unified Progressive Depth Pruner for CNN and Vision Transformer", AAAI
+2024). Every prunable block holds two forms and blends them by `lam`, the paper's λ:
 
-    λ = 0   the baseline block: timm's own forward, bit for bit
-    λ = 1   the pruned block: what is left of it without its inner activations is linear, and `fuse()` makes a single
-            layer of that, with the BatchNorm and the skip folded in, exactly
+    lam = 0   the baseline block: timm's own forward, bit for bit
+    lam = 1   the pruned block: linear up to its last activation, so that `fuse()` can make plain
+              layers of it, with the BatchNorm and the skip folded in, exactly
 
-    timm class                             its pruned form, beside the skip          merges into
-    resnet.BasicBlock                      3x3 conv, BatchNorm                       one 3x3 conv
-    _efficientnet_blocks.InvertedResidual  dense kxk conv, BatchNorm                 one dense kxk conv
-    convnext.ConvNeXtBlock                 depthwise conv, BatchNorm, 1x1 conv       depthwise conv + 1x1 conv, plus skip
-    vision_transformer.Block               BatchNorm, linear; attention as it was    attention + one linear layer
-    vision_transformer.Attention           BatchNorm, linear (if asked for)          one linear layer
+    timm class                             pruned form, beside the skip       merges into
+    resnet.BasicBlock                      3x3 conv, BatchNorm                one 3x3 conv
+    _efficientnet_blocks.InvertedResidual  dense kxk conv, BatchNorm          one dense kxk conv
+    convnext.ConvNeXtBlock                 depthwise conv, BatchNorm, 1x1     depthwise + 1x1, skip
+    vision_transformer.Block               BatchNorm, linear for the MLP      one linear layer
+    vision_transformer.Attention           BatchNorm, linear (if asked for)   one linear layer
 
-Merging all linear layers of a block would often give a dearer one (two 3x3 convs a 5x5). So the pruned form has the shape of
-the merged layer from the start, and `fit` solves its weights for what the baseline block does, which no product of the
-baseline's weights comes near.
-
-In a notebook:
-
-    model = timm.create_model("resnet34", pretrained=True)
-    names = make_prunable(model, end_act=False) # ["layer1.0", "layer1.1", ...]
-    fit(model, names[::2], batches)             # every other block, on some batches of images; no training
-    set_subnet(model, names[::2])               # λ = 1
-    smaller = merge(model)                      # plain layers, same outputs
-    model, spec = load("runs/merged.pt")        # or any other stage's file
-
-First half: the blocks, their merge and what it costs. Second half: processes, files, images, evaluation, training.
+To compose the layers of a block would often give a more expensive one (two 3x3 convs give a 5x5).
+So the pruned form has the shape of the merged layer from the start, and `fit` solves its weights.
+The blocks come first, then networks of them, then what the stages share.
 """
 import argparse
 import contextlib
@@ -40,7 +29,6 @@ import math
 import os
 import random
 import sys
-import time
 import zlib
 
 import numpy as np
@@ -52,11 +40,9 @@ import torch.nn.functional as F
 from PIL import Image
 from timm.data.loader import PrefetchLoader, fast_collate
 from timm.models import _efficientnet_blocks, convnext, resnet, vision_transformer
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
-from timm.utils import ModelEmaV3, random_seed, reparameterize_model
+from timm.utils import reparameterize_model
 from timm.utils.distributed import init_distributed_device_so
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.data.distributed import DistributedSampler
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -65,34 +51,26 @@ BatchNorm = nn.modules.batchnorm._BatchNorm  # 1d, 2d, Sync and timm's BatchNorm
 
 
 class UserError(ValueError):
-    """A mistake the user can mend. The scripts print it as one line, `error: …`, and exit with status 1."""
+    """A mistake that the user can correct. The scripts print it as one line, `error: …`."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pieces of a block
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- pieces of a block ---------------------------------------------------------------------------
 
-def blend(baseline, pruned, mix):
-    """(1 - λ)·baseline() + λ·pruned(); at λ = 0 and λ = 1 the absent form is not computed."""
-    if mix == 0:
+def blend(baseline, pruned, lam):
+    """(1 - lam)·baseline() + lam·pruned(); at 0 and 1 the other form is not computed."""
+    if lam == 0:
         return baseline()
-    if mix == 1:
+    if lam == 1:
         return pruned()
-    return (1 - mix) * baseline() + mix * pruned()
+    return (1 - lam) * baseline() + lam * pruned()
 
 
-def fold(conv, bn):
-    """Weight and bias of `conv` followed by `bn` in eval mode."""
-    return fuse_conv_bn_weights(
-        conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
-
-
-def conv_like(conv, weight, bias, groups=1):
-    """`conv` with other weights: its stride, padding and dilation stay, and its class (TF nets pad at run time)."""
+def conv_like(conv, weight, groups=1):
+    """`conv` with another weight and no bias. Stride, padding and dilation stay, and so does the
+    class: convs of TensorFlow's networks compute their padding at run time."""
     conv = copy.deepcopy(conv)
-    conv.out_channels, conv.in_channels, conv.groups = len(weight), weight.shape[1] * groups, groups
-    conv.weight = nn.Parameter(weight.contiguous())
-    conv.bias = None if bias is None else nn.Parameter(bias.contiguous())
+    conv.in_channels, conv.out_channels = weight.shape[1] * groups, len(weight)
+    conv.groups, conv.weight, conv.bias = groups, nn.Parameter(weight), None
     return conv
 
 
@@ -104,13 +82,16 @@ def zero(layer):
 
 
 def conv_bn(like, in_channels, out_channels):
-    """A dense conv with the stride, padding and kernel size of the conv `like`, and a BN that makes 0 of its output at first."""
-    weight = nn.init.kaiming_normal_(like.weight.new_empty(out_channels, in_channels, *like.kernel_size), mode="fan_out")
-    return nn.Sequential(conv_like(like, weight, None), zero(nn.BatchNorm2d(out_channels)).to(weight))
+    """A dense conv with stride, padding and kernel size of the conv `like`, and a BN that makes 0
+    of its output at first."""
+    weight = like.weight.new_empty(out_channels, in_channels, *like.kernel_size)
+    nn.init.kaiming_normal_(weight, mode="fan_out")
+    bn = zero(nn.BatchNorm2d(out_channels)).to(weight)
+    return nn.Sequential(conv_like(like, weight), bn)
 
 
 def add_identity(weight):
-    """Adds the skip to a conv kernel (C, C, k, k) with odd k, in place: 1 at [i, i, centre, centre]."""
+    """Adds the skip to a conv kernel (C, C, k, k) with odd k: 1 at [i, i, centre, centre]."""
     channels = torch.arange(len(weight), device=weight.device)
     weight[channels, channels, weight.shape[2] // 2, weight.shape[3] // 2] += 1
 
@@ -121,14 +102,16 @@ def pixel_rows(x):
 
 
 def patches(conv, x):
-    """What each output pixel of `conv` sees of x, (B·H·W, C·k·k). By a conv with one tap per channel, for it pads alike."""
+    """What each output pixel of `conv` sees of x: (B·H·W, C·k·k). A conv with one tap per output
+    channel makes it, because that pads like `conv`."""
     taps = math.prod(conv.kernel_size)
-    one_tap = torch.eye(taps).to(x).view(taps, 1, *conv.kernel_size).repeat(conv.in_channels, 1, 1, 1)
-    return pixel_rows(conv_like(conv, one_tap, None, groups=conv.in_channels)(x))
+    one_tap = torch.eye(taps).to(x).view(taps, 1, *conv.kernel_size)
+    one_tap = one_tap.repeat(conv.in_channels, 1, 1, 1)
+    return pixel_rows(conv_like(conv, one_tap, conv.in_channels)(x))
 
 
 def linear_after(bn, linear):
-    """One linear layer that does linear(bn(x)), in eval mode."""
+    """One linear layer that computes linear(bn(x)), in eval mode."""
     scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
     bias = linear.bias + linear.weight @ (bn.bias - bn.running_mean * scale)
     linear = copy.deepcopy(linear)
@@ -137,14 +120,14 @@ def linear_after(bn, linear):
 
 
 def linear_with_skip(bn, linear):
-    """One linear layer that does x + linear(bn(x)), in eval mode."""
+    """One linear layer that computes x + linear(bn(x)), in eval mode."""
     linear = linear_after(bn, linear)
     linear.weight += torch.eye(len(linear.weight)).to(linear.weight)
     return linear
 
 
 class MergedBlock(nn.Module):
-    """act(main(x) + skip(x)), of plain layers only. What `fuse()` returns; skip is None where it is folded in."""
+    """act(main(x) + skip(x)) of plain layers; skip is None where it is folded into main."""
 
     def __init__(self, main, skip=None, act=None):
         super().__init__()
@@ -155,47 +138,53 @@ class MergedBlock(nn.Module):
         return self.act(y if self.skip is None else y + self.skip(x))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The prunable blocks. `make_prunable` turns a timm block into one in place, by changing its class: weights, state-dict
-# keys and isinstance checks stay timm's, and with λ = 0 it runs timm's own forward.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- the prunable blocks -------------------------------------------------------------------------
+# `make_prunable` turns a timm block into one in place, by changing its class: weights, state-dict
+# keys and isinstance checks stay timm's.
 
 class Prunable:
-    """What the families share. A family names its timm class, tells what stands against pruning a block (`obstacle`),
-    builds the pruned form (`prepare`), runs it (`forward_pruned`) and merges it (`merged`). For `fit` it tells what is added
-    to the pruned form's output (`skip_part`) and what its linear layer works on, as rows (`linear_inputs`).
+    """What the families share. The pruned form is `self.pruned`, linear layers and a BatchNorm of
+    its own: training it changes nothing of the baseline block but what both forms share (a ViT
+    block's attention, a ResNet's downsample). A family names its timm class and has
 
-    The pruned form is `self.pruned`, linear layers and a BatchNorm of its own: nothing that the baseline block has is
-    changed by training it, but for what both share (a ViT block's attention, a ResNet's downsample)."""
-    mix = 0.0  # λ
-    end_act_default = True  # an activation behind a pruned block that has none there: many in a row would be linear without
-    added = ("pruned", "end_act")  # modules that timm's block does not have
+        obstacle(block)     why a block of the class is not prunable, or None
+        prepare(end_act)    builds self.pruned, and self.end_act if asked for
+        skip_part(x)        what is added to the output of self.pruned
+        merged()            plain layers that compute the pruned form, in eval mode
+        linear_inputs(x)    what the linear layer that `fit` solves works on, as rows
+    """
+    lam = 0.0
+    end_act_default = True  # with all blocks pruned and no activation left, a network is linear
 
     def forward(self, x, **attn_args):
-        return blend(lambda: super(Prunable, self).forward(x, **attn_args), lambda: self.forward_pruned(x), self.mix)
+        return blend(lambda: super(Prunable, self).forward(x, **attn_args),
+                     lambda: self.forward_pruned(x), self.lam)
+
+    def forward_pruned(self, x):
+        return self.finish(self.drop_path(self.pruned(x)) + self.skip_part(x))
 
     def finish(self, y):
         return y if self.end_act is None else self.end_act(y)
 
     @staticmethod
     def obstacle(block):
-        """Why a block of the class is not prunable, None where it is."""
+        return None
 
     def linear_inputs(self, x):
         return patches(self.pruned[0], x)
 
     def linear_part(self, x):
-        """What the baseline block gives, and what `fit` makes of pruned(x) + skip_part(x)."""
+        """The baseline block's output, which `fit` makes pruned(x) + skip_part(x) reproduce."""
         return super().forward(x)
 
     @torch.no_grad()
     def set_linear(self, weight, bias, mean, covariance):
-        """Makes W·(x - mean) + bias of the pruned form's linear layer and BN, for inputs x of that mean and covariance:
-        W (C_out, d), bias (C_out,), mean (d,), covariance (d, d)."""
+        """Makes the pruned form's linear layer and BN compute W·(x - mean) + bias, for inputs x of
+        this mean and covariance: W (C_out, d), bias (C_out,), mean (d,), covariance (d, d)."""
         *_, before, last = self.pruned
         if isinstance(last, BatchNorm):  # conv, BN
-            linear, bn = before, last
-            mean, variance = weight @ mean, ((weight @ covariance) * weight).sum(1).clamp(min=0)
+            linear, bn, mean = before, last, weight @ mean
+            variance = ((weight @ covariance) * weight).sum(1).clamp(min=0)
             bn.weight.copy_((variance + bn.eps).sqrt())
             bn.bias.copy_(bias)
         else:  # BN, linear
@@ -210,24 +199,23 @@ class Prunable:
 
     @torch.no_grad()
     def fuse(self):
-        """The merged block at λ = 1, timm's own block at λ = 0; ValueError in between, where there is no exact merge."""
-        if self.mix == 1:
+        """The merged block at lam = 1, timm's own block at 0; ValueError in between, where there is
+        no exact merge. timm's reparameterize_model calls this."""
+        if self.lam == 1:
             return self.merged()
-        if self.mix != 0:
-            raise ValueError(f"a block at λ = {self.mix:g} is still in transition: only λ = 0 and λ = 1 merge exactly")
-        for name in self.added:
-            if name in self._modules:
+        if self.lam != 0:
+            raise ValueError(f"a block at lam = {self.lam:g} is still in transition: only 0 and 1"
+                             " merge exactly")
+        for name in ("pruned", "end_act", "lam"):
+            if name in self._modules or name in self.__dict__:
                 delattr(self, name)
-        del self.mix
         self.__class__ = self.timm_class
         return self
 
 
 class PrunableBasicBlock(Prunable, resnet.BasicBlock):
-    """conv3x3-bn-act-conv3x3-bn + skip, act. Two 3x3 convs with nothing between would compose to a 5x5, which is dearer
-    than both: the pruned form is a single 3x3 conv, at half the cost."""
+    """conv3x3-bn-act-conv3x3-bn + skip, act. The pruned form is one 3x3 conv, at half the cost."""
     timm_class = resnet.BasicBlock
-    added = ("pruned",)  # its own act2 is the end activation
 
     @staticmethod
     def obstacle(block):
@@ -237,37 +225,34 @@ class PrunableBasicBlock(Prunable, resnet.BasicBlock):
 
     def prepare(self, end_act):
         self.pruned = conv_bn(self.conv1, self.conv1.in_channels, self.conv2.out_channels)
+        self.drop_path = self.drop_path or nn.Identity()
 
     def skip_part(self, x):
         return x if self.downsample is None else self.downsample(x)
 
-    def forward_pruned(self, x):
-        y = self.pruned(x)
-        if self.drop_path is not None:
-            y = self.drop_path(y)
-        return self.act2(y + self.skip_part(x))
+    def finish(self, y):
+        return self.act2(y)
 
     def linear_part(self, x):  # before act2
         y = self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x)))))
         return (y if self.se is None else self.se(y)) + self.skip_part(x)
 
     def merged(self):
-        weight, bias = fold(*self.pruned)
-        skip = None
+        conv, skip = fuse_conv_bn_eval(*self.pruned), None
         if self.downsample is None:
-            add_identity(weight)
-        elif isinstance(self.downsample[0], nn.Conv2d) and isinstance(self.downsample[1], BatchNorm) \
-                and self.downsample[0].kernel_size == (1, 1):
-            w, b = fold(*self.downsample)  # same stride, and hits the same pixels as the centre tap
-            weight[:, :, 1:2, 1:2] += w
-            bias = bias + b
-        else:  # resnet-d averages first, over fewer pixels at an odd border: that stays a branch
+            add_identity(conv.weight)
+        elif isinstance(self.downsample[1], BatchNorm) and self.downsample[0].kernel_size == (1, 1):
+            shortcut = fuse_conv_bn_eval(*self.downsample)  # it sees the pixels of the centre tap
+            conv.weight[:, :, 1:2, 1:2] += shortcut.weight
+            conv.bias += shortcut.bias
+        else:  # resnet-d averages first, over fewer pixels at an odd border: this stays a branch
             skip = copy.deepcopy(self.downsample)
-        return MergedBlock(conv_like(self.pruned[0], weight, bias), skip, self.act2)
+        return MergedBlock(conv, skip, self.act2)
 
 
 class PrunableInvertedResidual(Prunable, _efficientnet_blocks.InvertedResidual):
-    """1x1 conv-bn-act, depthwise conv-bn-act, 1x1 conv-bn (+ skip). The pruned form is one dense kxk conv."""
+    """1x1 conv-bn-act, depthwise conv-bn-act, 1x1 conv-bn (+ skip). The pruned form is one dense
+    kxk conv."""
     timm_class = _efficientnet_blocks.InvertedResidual
 
     @staticmethod
@@ -275,119 +260,123 @@ class PrunableInvertedResidual(Prunable, _efficientnet_blocks.InvertedResidual):
         pw, dw, pwl = block.conv_pw, block.conv_dw, block.conv_pwl
         if not isinstance(block.aa, nn.Identity):
             return "anti-aliasing inside"
-        if getattr(block, "conv_s2d", None) is not None or not all(isinstance(conv, nn.Conv2d) for conv in (pw, dw, pwl)):
+        if getattr(block, "conv_s2d", None) is not None \
+                or not all(isinstance(conv, nn.Conv2d) for conv in (pw, dw, pwl)):
             return "convs of another kind inside (mixed, conditional, space-to-depth)"
-        # MACs per output pixel; a dense 5x5 is often dearer than what it replaces
+        # MACs per output pixel; a dense 5x5 often costs more than what it replaces
         taps, s2 = math.prod(dw.kernel_size), math.prod(dw.stride)
         baseline = s2 * pw.weight.numel() + dw.weight.numel() + pwl.weight.numel()
         if dw.kernel_size[0] % 2 == 0 or taps * pw.in_channels * pwl.out_channels >= baseline:
-            return f"a dense {dw.kernel_size[0]}x{dw.kernel_size[1]} conv would be dearer"
+            size = "x".join(map(str, dw.kernel_size))
+            return f"a dense {size} conv would be more expensive"
 
     def prepare(self, end_act):
         self.pruned = conv_bn(self.conv_dw, self.conv_pw.in_channels, self.conv_pwl.out_channels)
         if not self.has_skip:  # a random conv, as nothing else would be left
             nn.init.ones_(self.pruned[1].weight)
-        self.end_act = copy.deepcopy(getattr(self.bn2, "act", nn.ReLU())) if end_act else None  # EvoNorm has none of its own
+            self.drop_path = nn.Identity()
+        act = getattr(self.bn2, "act", nn.ReLU())  # EvoNorm has none
+        self.end_act = copy.deepcopy(act) if end_act else None
 
     def skip_part(self, x):
         return x if self.has_skip else 0
 
-    def forward_pruned(self, x):
-        y = self.pruned(x)
-        return self.finish(self.drop_path(y) + x if self.has_skip else y)
-
     def merged(self):
-        weight, bias = fold(*self.pruned)
+        conv = fuse_conv_bn_eval(*self.pruned)
         if self.has_skip:
-            add_identity(weight)
-        return MergedBlock(conv_like(self.pruned[0], weight, bias), act=self.end_act)
+            add_identity(conv.weight)
+        return MergedBlock(conv, act=self.end_act)
 
 
 class PrunableConvNeXtBlock(Prunable, convnext.ConvNeXtBlock):
-    """Depthwise 7x7-LN-fc1-GELU-fc2-γ + skip. A dense 7x7 would be 5.8 times dearer than the block: the pruned form is a
-    depthwise conv, which starts as the block's own, a BatchNorm in the LayerNorm's place, and one 1x1 conv."""
+    """Depthwise 7x7-LN-fc1-GELU-fc2-γ + skip. A dense 7x7 would cost 5.8 times the block: the
+    pruned form is a depthwise conv (at first the block's own), a BatchNorm, and one 1x1 conv."""
     timm_class = convnext.ConvNeXtBlock
 
     def prepare(self, end_act):
-        dw, channels = copy.deepcopy(self.conv_dw), self.conv_dw.out_channels
-        self.pruned = nn.Sequential(dw, nn.BatchNorm2d(channels), zero(nn.Conv2d(channels, channels, 1))).to(dw.weight)
+        dw, dim = copy.deepcopy(self.conv_dw), self.conv_dw.out_channels
+        self.pruned = nn.Sequential(dw, nn.BatchNorm2d(dim), zero(nn.Conv2d(dim, dim, 1)))
+        self.pruned.to(dw.weight)
         self.end_act = copy.deepcopy(self.mlp.act) if end_act else None
 
     def skip_part(self, x):
         return self.shortcut(x)
-
-    def forward_pruned(self, x):
-        return self.finish(self.drop_path(self.pruned(x)) + self.shortcut(x))
 
     def linear_inputs(self, x):
         return pixel_rows(self.pruned[0](x))
 
     def merged(self):
         dw, bn, pw = self.pruned
-        depthwise = conv_like(dw, *fold(dw, bn), groups=dw.groups)
-        return MergedBlock(nn.Sequential(depthwise, pw), self.shortcut, self.end_act)
+        layers = nn.Sequential(fuse_conv_bn_eval(dw, bn), pw)
+        return MergedBlock(layers, self.shortcut, self.end_act)
 
 
 class PrunableViTBlock(Prunable, vision_transformer.Block):
-    """x + attn(norm1(x)), then x + mlp(norm2(x)). The attention half stays; the MLP's pruned form is a BatchNorm and one
-    C x C linear."""
+    """x + attn(norm1(x)), then x + mlp(norm2(x)). The attention half stays; the MLP's pruned form
+    is a BatchNorm and one C x C linear layer."""
     timm_class = vision_transformer.Block
     end_act_default = False  # the attention's softmax keeps the network nonlinear
 
     @staticmethod
     def obstacle(block):
-        return None if isinstance(getattr(block.mlp, "fc2", None), nn.Linear) else f"{type(block.mlp).__name__} as its MLP"
+        if not isinstance(getattr(block.mlp, "fc2", None), nn.Linear):
+            return f"{type(block.mlp).__name__} as its MLP"
 
     def prepare(self, end_act):
-        like = self.mlp.fc2.weight
-        self.pruned = nn.Sequential(nn.BatchNorm1d(len(like)), zero(nn.Linear(len(like), len(like)))).to(like)
+        dim = self.mlp.fc2.out_features
+        self.pruned = nn.Sequential(nn.BatchNorm1d(dim), zero(nn.Linear(dim, dim)))
+        self.pruned.to(self.mlp.fc2.weight)
         self.end_act = copy.deepcopy(self.mlp.act) if end_act else None
 
     def skip_part(self, x, **attn_args):
         return x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **attn_args)))
 
-    def forward(self, x, **attn_args):
-        if self.mix == 0:
+    def forward(self, x, **attn_args):  # both forms share the attention: it runs once
+        if self.lam == 0:
             return super(Prunable, self).forward(x, **attn_args)
         x = self.skip_part(x, **attn_args)
-        return blend(lambda: x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))),
-                     lambda: self.finish(x + self.drop_path2(self.pruned(x.flatten(0, 1)).view_as(x))), self.mix)
+        return blend(
+            lambda: x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))),
+            lambda: self.finish(x + self.drop_path2(self.pruned(x.flatten(0, 1)).view_as(x))),
+            self.lam)
 
     def linear_inputs(self, x):
         return pixel_rows(self.skip_part(x))
 
     @torch.no_grad()
-    def fuse(self):  # timm's block would hand a merged attention a mask
-        return self.merged() if self.mix == 0 and getattr(self.attn, "mix", 0) == 1 else super().fuse()
+    def fuse(self):  # timm's block would pass a mask on to a merged attention
+        merged_attn = self.lam == 0 and getattr(self.attn, "lam", 0) == 1
+        return self.merged() if merged_attn else super().fuse()
 
     def merged(self):
         attn = self.attn.fuse() if isinstance(self.attn, Prunable) else self.attn
-        mlp = MergedBlock(linear_with_skip(*self.pruned), act=self.end_act) if self.mix else \
-            MergedBlock(nn.Sequential(self.norm2, self.mlp, self.ls2), nn.Identity())
+        mlp = MergedBlock(nn.Sequential(self.norm2, self.mlp, self.ls2), nn.Identity())
+        if self.lam == 1:
+            mlp = MergedBlock(linear_with_skip(*self.pruned), act=self.end_act)
         return MergedViTBlock(self.norm1, attn, self.ls1, mlp)
 
 
 class MergedViTBlock(nn.Module):
-    """timm's block with another second half, or with a linear layer as its `attn`: that has no use for attention's arguments."""
+    """timm's block with another second half, or with a linear layer for its attention."""
 
     def __init__(self, norm1, attn, ls1, mlp):
         super().__init__()
         self.norm1, self.attn, self.ls1, self.mlp = norm1, attn, ls1, mlp
 
     def forward(self, x, **attn_args):
-        x = x + self.ls1(self.attn(self.norm1(x), **({} if isinstance(self.attn, nn.Linear) else attn_args)))
-        return self.mlp(x)
+        attn_args = {} if isinstance(self.attn, nn.Linear) else attn_args
+        return self.mlp(x + self.ls1(self.attn(self.norm1(x), **attn_args)))
 
 
 class PrunableAttention(Prunable, vision_transformer.Attention):
-    """The attention of a PrunableViTBlock. The pruned form is a BatchNorm and one linear layer on every token by itself: with
-    its MLP pruned as well, all that is left of the block is a LayerNorm and two C x C linear layers."""
+    """The attention of a PrunableViTBlock. The pruned form is a BatchNorm and one linear layer on
+    every token by itself."""
     timm_class = vision_transformer.Attention
-    added = ("pruned",)
 
-    def prepare(self):
-        dim, like = self.qkv.in_features, self.proj.weight
-        self.pruned = nn.Sequential(nn.BatchNorm1d(dim), zero(nn.Linear(dim, len(like)))).to(like)
+    def prepare(self, end_act):
+        dim, out_dim = self.qkv.in_features, self.proj.out_features
+        self.pruned = nn.Sequential(nn.BatchNorm1d(dim), zero(nn.Linear(dim, out_dim)))
+        self.pruned.to(self.proj.weight)
 
     def skip_part(self, x):
         return 0
@@ -405,39 +394,43 @@ class PrunableAttention(Prunable, vision_transformer.Attention):
 FAMILIES = (PrunableBasicBlock, PrunableInvertedResidual, PrunableConvNeXtBlock, PrunableViTBlock)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A network of such blocks
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- a network of such blocks --------------------------------------------------------------------
 
 def make_prunable(model, end_act=None, attention=False):
-    """Turns a timm model's blocks prunable, in place; nothing is pruned yet and the outputs stay the same bits. A pruned
-    form is its skip alone until it is fitted or trained.
+    """Turns a timm model's blocks prunable, in place. Nothing is pruned yet: the outputs stay the
+    same bits. Until it is fitted or trained, a pruned form is its skip alone.
 
-    end_act: insert an activation at the end of pruned blocks that have none? None: yes for CNNs, no for ViTs.
-    attention: make the attention of ViT blocks prunable as well, all but the last: "blocks.0.attn" beside "blocks.0", its MLP.
-    Returns the blocks' module paths, in running order. Raises UserError where the model has no prunable block.
-    Call it after the weights are loaded: ConvNeXt's pruned form starts with a copy of the depthwise conv."""
+    end_act: insert an activation at the end of pruned blocks that have none? None: in CNNs only.
+    attention: let the attention of ViT blocks be pruned, too: "blocks.0.attn" is a choice beside
+    "blocks.0", the block's MLP. Returns the module paths of the blocks, in running order. UserError
+    where there is none. ConvNeXt's pruned form copies a conv: load the weights before."""
+    def convert(module, family):
+        module.__class__, module.lam = family, 0.0
+        module.prepare(family.end_act_default if end_act is None else end_act)
+        module.pruned.train(module.training)
+
     for module in list(model.modules()):
         for family in FAMILIES:
             if type(module) is family.timm_class and not family.obstacle(module):
-                module.__class__, module.mix = family, 0.0
-                module.prepare(family.end_act_default if end_act is None else end_act)
-    if not prunable_blocks(model):
-        raise UserError(f"{type(model).__name__} has no prunable block{listed(obstacles(model))}: use a ResNet of basic blocks"
-                        " (resnet18, resnet34), a mobilenetv2_*, efficientnet_*, convnext*, deit_* or vit_*")
+                convert(module, family)
+    blocks = prunable_blocks(model)
+    if not blocks:
+        raise UserError(
+            f"{type(model).__name__} has no prunable block{listed(obstacles(model))}: use a timm"
+            " model: resnet18, resnet34, mobilenetv2_*, efficientnet_*, convnext*, deit_*, vit_*")
     if attention:
-        attns = [block.attn for block in prunable_blocks(model).values()
-                 if isinstance(block, PrunableViTBlock) and type(block.attn) is PrunableAttention.timm_class]
+        attns = [block.attn for block in blocks.values() if isinstance(block, PrunableViTBlock)
+                 and type(block.attn) is PrunableAttention.timm_class]
         if len(attns) < 2:
-            raise UserError(f"{type(model).__name__} has no attention that could be pruned: leave out --attention")
-        for attn in attns[:-1]:  # without any, the class token would never see the image
-            attn.__class__, attn.mix = PrunableAttention, 0.0
-            attn.prepare()
+            raise UserError(f"{type(model).__name__} has no attention that could be pruned: leave"
+                            " out --attention")
+        for attn in attns[:-1]:  # without any, the class token would see nothing of the image
+            convert(attn, PrunableAttention)
     return list(prunable_blocks(model))
 
 
 def prunable_blocks(model, path=""):
-    """{module path: block}, in running order; a block's own attention comes before it."""
+    """{module path: block}, in the order in which they run; a block's attention comes before it."""
     found = {}
     for name, child in model.named_children():
         found |= prunable_blocks(child, f"{path}.{name}" if path else name)
@@ -445,7 +438,7 @@ def prunable_blocks(model, path=""):
 
 
 def obstacles(model):
-    """{module path: why it is not prunable}, of the blocks that belong to the families and were left as they are."""
+    """{module path: why it is not prunable} of the blocks of the families that stay as they are."""
     return {path: reason for path, module in model.named_modules() for family in FAMILIES
             if type(module) is family.timm_class and (reason := family.obstacle(module))}
 
@@ -455,30 +448,33 @@ def listed(reasons):
                    for reason in dict.fromkeys(reasons.values()))
 
 
-def set_subnet(model, pruned, mix=1.0):
-    """Puts the blocks named in `pruned` (module paths) at λ = mix, 0 to 1, and all others at λ = 0."""
-    blocks, pruned = prunable_blocks(model), set(pruned)
-    if unknown := sorted(pruned - blocks.keys()):
+def set_subnet(model, prune, lam=1.0):
+    """Sets lam, 0 to 1, of the blocks named in `prune` (module paths), and 0 for all others."""
+    blocks, prune = prunable_blocks(model), set(prune)
+    if unknown := sorted(prune - blocks.keys()):
         reasons = {path: reason for path, reason in obstacles(model).items() if path in unknown}
-        raise UserError(f"no prunable block {', '.join(unknown)}{listed(reasons)}; this model has {', '.join(blocks)}")
-    if not 0 <= mix <= 1:
-        raise ValueError(f"λ goes from 0 to 1, not {mix}")
+        raise UserError(f"no prunable block {', '.join(unknown)}{listed(reasons)}; this model has"
+                        f" {', '.join(blocks)}")
+    if not 0 <= lam <= 1:
+        raise ValueError(f"lam goes from 0 to 1, not {lam}")
     for path, block in blocks.items():
-        block.mix = float(mix) if path in pruned else 0.0
+        block.lam = float(lam) if path in prune else 0.0
 
 
 @torch.no_grad()
 def merge(model):
-    """A merged copy of `model`, in eval mode: each block at λ = 1 is one or two plain layers, each other block is timm's
-    own, and every BN that follows a conv is folded into it. Computed in float64, returned in the model's own dtype."""
+    """A merged copy of `model`, in eval mode: each block at lam = 1 becomes one or two plain
+    layers, each other block timm's own, and every BN that follows a conv is folded into it.
+    Computed in float64, returned in the model's own dtype."""
     dtype = next(model.parameters()).dtype
     merged = reparameterize_model(copy.deepcopy(model).double().eval(), inplace=True)
-    last = None  # path and module of the leaf before; in all the families a conv's BN is registered right behind it
+    last = None  # path and module of the leaf before: a conv's BN is registered right behind it
     for path, module in list(merged.named_modules()):
         if isinstance(module, BatchNorm):
-            if last and isinstance(last[1], nn.Conv2d) and last[1].out_channels == module.num_features:
+            if last and getattr(last[1], "out_channels", 0) == module.num_features:
                 merged.set_submodule(last[0], fuse_conv_bn_eval(last[1], module))
-                merged.set_submodule(path, getattr(module, "act", nn.Identity()))  # BatchNormAct2d brings its activation
+                # BatchNormAct2d has an activation inside, which stays
+                merged.set_submodule(path, getattr(module, "act", nn.Identity()))
             last = None
         elif not list(module.children()):
             last = path, module
@@ -487,52 +483,51 @@ def merge(model):
 
 @torch.no_grad()
 def recalibrate(model, batches, leave=()):
-    """Sets the statistics of every BN that runs to the average over `batches` (an iterable of images), whatever they were
-    before: a subnet of shared weights has no statistics of its own. Leaves the model in eval mode, the BNs `leave` alone.
+    """Sets the statistics of every BN that runs to the average over `batches` (an iterable of
+    images), whatever they were before. Leaves the model in eval mode, and the BNs `leave` alone.
 
-    Like torch.optim.swa_utils.update_bn, but only the BNs are in train mode: drop-path and dropout stay off."""
+    Like torch.optim.swa_utils.update_bn, but only the BNs are in train mode: drop-path and dropout
+    stay off."""
     model.eval()
-    norms = {m: (m.momentum, m.running_mean.clone(), m.running_var.clone()) for m in model.modules()
-             if isinstance(m, BatchNorm) and m not in leave}
-    if not norms:
-        return
+    norms = {module: module.momentum for module in model.modules()
+             if isinstance(module, BatchNorm) and module not in leave}
     for bn in norms:
-        bn.reset_running_stats()
+        bn.running_mean.nan_to_num_(0, 0, 0)  # the average starts with 0 times it, NaN would stay
+        bn.running_var.nan_to_num_(0, 0, 0)
+        bn.num_batches_tracked.zero_()
         bn.momentum = None  # cumulative average
         bn.train()
-    for number, images in enumerate(batches):
-        if len(images) > 1 or number == 0:  # one image may end as one pixel, which has no variance; it is no loss
+    for number, images in enumerate(batches if norms else ()):
+        if len(images) > 1 or number == 0:  # one image may end as one pixel, which has no variance
             model(images)
-    for bn, (momentum, mean, variance) in norms.items():
+    for bn, momentum in norms.items():
         bn.momentum = momentum
         bn.eval()
-        if bn.num_batches_tracked == 0:  # it is of a form that did not run
-            bn.running_mean.copy_(mean)
-            bn.running_var.copy_(variance)
 
 
 @torch.no_grad()
 def fit(model, names, batches, pruned=(), ridge=1e-2, pixels=8192):
-    """Solves the pruned form of each block in `names`, by least squares on `batches` (an iterable of images): on the inputs
-    that it gets where the blocks `pruned` are pruned, its output shall be the one that it has where nothing is. So each
-    fit makes up for the errors of those before it. Nothing else in the model changes; all blocks are left at λ = 0.
+    """Solves the pruned form of each block in `names`, by least squares on `batches` (an iterable
+    of images): its output is to reproduce that of the block in the unpruned network, on the inputs
+    that it gets while the blocks `pruned` are pruned: a fit also corrects the errors of those
+    before it. Nothing else in the model changes; all blocks are left at lam = 0.
 
-    The normal equations are summed up in float64, over all processes, from at most `pixels` output pixels (or tokens) of a
-    batch: memory does not grow with the number of batches. `ridge`, a share of each input's variance, pulls towards a block
-    that is its skip alone, and makes every system solvable. (ReplaceMe, NeurIPS 2025, fits linear maps like this in
-    the place of language transformers' blocks.)"""
+    The normal equations are summed up in float64, over all processes, from at most `pixels` output
+    pixels (or tokens) of a batch: memory does not grow with the number of batches. `ridge`, a share
+    of each input's variance, pulls towards a block that is its skip alone. (ReplaceMe, NeurIPS
+    2025, fits linear maps in the place of language models' blocks.)"""
+    blocks, sums, rng = prunable_blocks(model), {}, torch.Generator().manual_seed(0)
+
     class Reached(Exception):
         pass
 
-    def reach(images, pruned):
-        """{block: its input}"""
+    def inputs_of_blocks(images, pruned):
         def hook(block, args):
             seen[block] = args[0]
             if len(seen) == len(names):  # the rest of the network need not run
                 raise Reached
 
-        seen = {}
-        hooks = [blocks[name].register_forward_pre_hook(hook) for name in names]
+        seen, hooks = {}, [blocks[name].register_forward_pre_hook(hook) for name in names]
         set_subnet(model, pruned)
         with contextlib.suppress(Reached):
             model(images)
@@ -540,12 +535,11 @@ def fit(model, names, batches, pruned=(), ridge=1e-2, pixels=8192):
             handle.remove()
         return seen
 
-    blocks, sums, rng = prunable_blocks(model), {}, torch.Generator().manual_seed(0)
     model.eval()
     for images in batches:
-        seen = reach(images, [])
+        seen = inputs_of_blocks(images, [])
         wanted = {block: block.linear_part(x) for block, x in seen.items()}
-        for block, x in (reach(images, pruned) if pruned else seen).items():
+        for block, x in (inputs_of_blocks(images, pruned) if pruned else seen).items():
             inputs, outputs = block.linear_inputs(x), pixel_rows(wanted[block] - block.skip_part(x))
             some = torch.randperm(len(inputs), generator=rng)[:pixels].to(x.device)
             inputs = F.pad(inputs[some].double(), (0, 1), value=1.0)  # a constant, for the bias
@@ -556,47 +550,79 @@ def fit(model, names, batches, pruned=(), ridge=1e-2, pixels=8192):
         average([gram, cross])
         gram, cross = gram / gram[-1, -1], cross / gram[-1, -1]
         mean, bias = gram[-1, :-1], cross[-1]
-        gram, cross = gram[:-1, :-1] - mean[:, None] * mean, cross[:-1] - mean[:, None] * bias  # centred
+        gram, cross = gram[:-1, :-1] - mean[:, None] * mean, cross[:-1] - mean[:, None] * bias
         scale = (gram.diagonal().clamp(min=0) + 1e-12).rsqrt()[:, None]
-        weight = scale * torch.linalg.solve(gram * scale * scale.T + ridge * torch.eye(len(gram)).to(gram), cross * scale)
+        system = gram * scale * scale.T + ridge * torch.eye(len(gram)).to(gram)
+        weight = scale * torch.linalg.solve(system, cross * scale)
         block.set_linear(weight.T, bias, mean, gram)
 
 
 @torch.no_grad()
 def cost(model, input_size):
-    """{"params": …, "macs": …} of one forward pass on (1, *input_size), counted on the meta device: nothing is computed."""
-    model = copy.deepcopy(model).to("meta").eval().requires_grad_(False)  # the counter fails on parameters that are inputs
+    """{"params", "macs"} of a forward pass on (1, *input_size), counted on the meta device."""
+    model = copy.deepcopy(model).to("meta").eval()
+    model.requires_grad_(False)  # the counter fails on parameters that are inputs
+    images = torch.empty(1, *input_size, device="meta", dtype=next(model.parameters()).dtype)
     with FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, *input_size, device="meta", dtype=next(model.parameters()).dtype))
-    return {"params": sum(p.numel() for p in model.parameters()), "macs": counter.get_total_flops() // 2}
+        model(images)
+    return {"params": sum(p.numel() for p in model.parameters()),
+            "macs": counter.get_total_flops() // 2}
 
 
 @torch.inference_mode()
 def latencies(models, images, rounds=9):
-    """Seconds per forward pass, lower quartile, median and upper quartile for each model: an array (models, 3). They take
-    many short turns: a busy moment of the machine hits few."""
-    from torch.utils import benchmark  # here, because it may print a warning about CUDA as it is imported
+    """Seconds per forward pass: lower quartile, median and upper quartile for each model, as an
+    array (models, 3). They take many short turns, so that a busy moment of the machine hits few."""
+    from torch.utils import benchmark  # here, because its import may print a warning about CUDA
 
     timers = [benchmark.Timer("model(images)", globals={"model": model, "images": images},
-                              num_threads=torch.get_num_threads()) for model in models]  # it would use one
-    counts = [max(1, round(0.1 / timer.timeit(3).mean)) for timer in timers]  # a tenth of a second each
-    turns = [[timer.timeit(count).mean for timer, count in zip(timers, counts)] for _ in range(rounds)]
+                              num_threads=torch.get_num_threads()) for model in models]
+    counts = [max(1, round(0.1 / timer.timeit(3).mean)) for timer in timers]  # a tenth of a second
+    turns = [[timer.timeit(count).mean for timer, count in zip(timers, counts)]
+             for _ in range(rounds)]
     return np.quantile(turns, (0.25, 0.5, 0.75), axis=0).T
 
 
-# =====================================================================================================================
-# Second half: what the stages share. Command line and processes
-# =====================================================================================================================
+def compile_blocks(model):
+    """torch.compile block by block: a whole network would be compiled anew for every subnet, a
+    block once for lam = 0, once for 1 and once for all values between."""
+    torch._dynamo.config.cache_size_limit = 64  # forms, shapes and modes of one block
+    for module in model.modules():
+        if isinstance(module, tuple(family.timm_class for family in FAMILIES)):
+            module.compile()
+
+
+def create_model(name, **model_args):
+    """timm.create_model, with UserError for its errors."""
+    try:
+        return timm.create_model(name, **model_args)
+    except (TypeError, ValueError, AssertionError, KeyError, RuntimeError) as error:
+        raise UserError(f"timm cannot build {name} with {model_args}: {error}") from error
+
+
+def build(checkpoint, baseline=False):
+    """The network in a checkpoint, in eval mode: prunable with its subnet set, or merged. Or, if
+    asked for, the timm model that was pruned, with its own weights."""
+    model = create_model(checkpoint["model"], **checkpoint["model_args"])
+    if not baseline:
+        make_prunable(model, checkpoint["end_act"], checkpoint["attention"])
+        set_subnet(model, checkpoint.get("prune", ()))
+        model = merge(model) if checkpoint["stage"] == "merged" else model
+    model.load_state_dict(checkpoint["baseline_state_dict" if baseline else "state_dict"])
+    return model.eval()
+
+
+# ---- what the stages share: flags and processes --------------------------------------------------
 
 def run(main):
-    """Runs a stage; a mistake the user can mend ends it with one `error:` line and exit status 1."""
+    """Runs a stage. What the user can correct ends it with one `error:` line and exit status 1."""
     try:
         main()
         if dist.is_initialized():
             dist.destroy_process_group()
-    except (UserError, OSError) as error:
-        # an error from a loader's worker process arrives with that worker's traceback: its last line says what it is
-        sys.exit("error: " + (str(error).strip().splitlines() or [repr(error)])[-1].removeprefix("blocks.UserError: "))
+    except (UserError, OSError) as error:  # one from a loader's process has a traceback in its text
+        lines = str(error).strip().splitlines() or [repr(error)]
+        sys.exit("error: " + lines[-1].removeprefix("blocks.UserError: "))
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -611,41 +637,56 @@ def at_least(low, kind=int, high=float("inf")):
     return parse
 
 
-fraction = at_least(0, float, 1)
+def start(parser, *inputs, last_output=lambda args: args.out):
+    """How a stage begins: it parses its flags, joins torchrun's processes (only the first of them
+    prints) and, with --resume, goes on with a run that was killed.
 
-
-def pick_device(name, compiled=False):
-    """torch.device of that name, or a UserError where this machine has none or, with `compiled`, where torch.compile does
-    not work on it. Under torchrun it also joins the other processes and picks the one device that is this process's own;
-    only the first process prints."""
+    inputs: the flags that name input files, whose content counts for what a run computes.
+    Returns (args, device, state): state is what the killed run left in OUT.last, or None. With it,
+    flags that are not given are those of that run, and others than those are a UserError."""
+    args, state = parser.parse_args(), None
+    flag = f"--device {args.device}"
     try:
-        device = torch.empty(0, device=init_distributed_device_so(name)["device"]).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    if compiled:
-        try:
+        device = torch.empty(0, device=init_distributed_device_so(args.device)["device"]).device
+        flag = "--compile"
+        if getattr(args, "compile", False):
             torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
-        except RuntimeError as error:
-            raise UserError(f"--compile does not work here: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"{flag} does not work here: {str(error).splitlines()[0]}") from error
     if processes()[0] > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
-    return device
+    last, done = args.out + ".last", last_output(args)
+    if getattr(args, "resume", False) and (os.path.exists(last) or os.path.exists(done)):
+        path = last if os.path.exists(last) else done
+        state = (read_subnet if path.endswith(".json") else read_checkpoint)(path)
+        parser.set_defaults(**state["flags"])
+        args = parser.parse_args()
+    elif os.path.exists(last):
+        print(f"{last} is of a run that was killed: --resume would go on with it")
+    files = filter(os.path.isfile, [getattr(args, flag) or "" for flag in inputs])
+    args.checksums = {name: zlib.crc32(open(name, "rb").read()) for name in files}
+    args.processes = processes()[1]
+    if state:
+        free = ("resume", "device", "workers", "out")  # they do not change what is computed
+        changed = [f"{flag} {old}, now {now}" for flag, old in state["flags"].items()
+                   if flag not in free and (now := getattr(args, flag)) != old]
+        if changed:
+            raise UserError(f"{path} was made with other flags: {'; '.join(changed)}. Give the same"
+                            " ones, or leave out --resume to start again")
+        if path == done:
+            print(f"{done} is finished: nothing to do")
+            sys.exit()
+    folder = os.path.dirname(os.path.abspath(args.out))
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    if os.path.isdir(args.out) or not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write {args.out}: give another --out")
+    return args, device, state
 
 
 def processes():
     """(number of this process, number of all) under torchrun, else (0, 1)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-@contextlib.contextmanager
-def first_process_first():
-    """The other processes wait until the first has come through: what it downloads or draws is there for them."""
-    rank, world = processes()
-    if rank > 0:
-        dist.barrier()
-    yield
-    if rank == 0 and world > 1:
-        dist.barrier()
 
 
 def average(tensors):
@@ -658,39 +699,27 @@ def average(tensors):
             tensor.copy_(piece.view_as(tensor))
 
 
-def total(values, device):
-    """Each of `values`, plain numbers, summed over all processes."""
-    if processes()[1] == 1:
-        return values
-    values = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(values)
-    return values.tolist()
-
-
 def progress_bar(*args, **kwargs):
     """tqdm, in the first process and on a terminal only."""
     return tqdm(*args, leave=False, disable=None if processes()[0] == 0 else True, **kwargs)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files between the stages
-# ---------------------------------------------------------------------------------------------------------------------
+def print_table(header, rows):
+    """Rows of text, the first column flush left, the others flush right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    for row in (header, *rows):
+        print(row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:]), sep="  ")
 
-def check_writable(path):
-    """UserError where an output file cannot be written, before hours of work go into it."""
-    folder = os.path.dirname(os.path.abspath(path))
-    while not os.path.exists(folder):
-        folder = os.path.dirname(folder)
-    if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise UserError(f"cannot write {path}: give another --out")
 
+# ---- what the stages share: files ----------------------------------------------------------------
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yields a temporary path beside `path`, which takes its place at the end: a reader never sees half a file."""
+    """Yields a temporary path beside `path`, which takes its place at the end: nobody reads half a
+    file. The ending stays, torch.export wants the right one."""
     folder, name = os.path.split(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, f"tmp.{name}")  # torch.export wants the right ending
+    temporary = os.path.join(folder, f"tmp.{name}")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -700,199 +729,87 @@ def replacing(path):
 
 
 def save(checkpoint, path):
-    """A checkpoint is one flat dict of tensors and plain values; "stage" names the script that wrote it."""
+    """A checkpoint is one dict of tensors and plain values; "stage" is what it holds."""
     if processes()[0] == 0:
         with replacing(path) as temporary:
-            torch.save({"format": 1, **checkpoint}, temporary)
+            torch.save({"format": 2, **checkpoint}, temporary)
 
 
 def save_csv(rows, path):
     """Rows are dicts with the same keys."""
     if processes()[0] == 0:
-        with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        with replacing(path) as temporary, open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)
 
 
-def read(path, *stages):
-    """The dict that one of `stages` saved: "supernet", "subnet", "merged", "unfinished run" (none named: any)."""
-    if not os.path.isfile(path):
-        raise UserError(f"{path} does not exist: run the stage before this one, or name its file")
+def read_checkpoint(path, *stages):
+    """The dict that one of `stages` saved: "supernet", "subnet", "merged" or "unfinished run" (none
+    named: any)."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        stage = checkpoint["stage"]
-    except Exception as error:
-        raise UserError(f"{path} is damaged or not a checkpoint of this project: write it again") from error
+        stage, version = checkpoint["stage"], checkpoint["format"]
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist: run the stage before, or name its file") from error
+    except Exception as error:  # torch.load raises many kinds
+        raise UserError(f"{path} is damaged or no checkpoint: write it again") from error
+    if version != 2:
+        raise UserError(f"{path} was written by another version of this project: write it again")
     if stages and stage not in stages:
         raise UserError(f"{path} holds a {stage}, this needs a {' or '.join(stages)}")
     return checkpoint
 
 
-def describe_run(args, *inputs, **more):
-    """The flags that decide what a run computes, as {name: text}; for input files, named by flag, a checksum."""
-    flags = {**vars(args), **more}
-    for name in inputs:
-        if flags[name]:
-            with open(flags[name], "rb") as file:
-                flags[name] = f"{flags[name]} (checksum {zlib.crc32(file.read()):08x})"
-    return {name: str(value) for name, value in flags.items() if name not in ("resume", "device", "workers", "out")}
-
-
-def read_state(args, flags, out=None):
-    """What a run that was stopped left in OUT.last, or None where there is nothing to go on from. Ends the program where
-    OUT (or `out`, the last that the stage writes) is finished already; UserError where OUT.last was made with other flags."""
-    out = out or args.out
-    path = args.out + ".last"
-    if not args.resume:
-        if os.path.exists(path):
-            print(f"{path} is of a run that was stopped. This one starts again and overwrites it; --resume would go on.")
-    elif os.path.exists(path):
-        state = read(path, "unfinished run")
-        changed = [name for name in flags if flags[name] != state["flags"].get(name)]
-        if changed:
-            raise UserError(f"{path} was made with other flags: " + "; ".join(
-                f"{name} {state['flags'].get(name)}, now {flags[name]}" for name in changed)
-                + ". Give the same ones, or leave out --resume to start again")
-        return state
-    elif os.path.exists(out):
-        with contextlib.suppress(UserError):
-            if (read_json if out.endswith(".json") else read)(out).get("flags") == flags:
-                print(f"{out} is finished, and was made with these flags: nothing to do")
-                sys.exit()
-    return None
-
-
-def save_state(args, flags, **state):
-    """Renews OUT.last, from which `read_state` takes it up."""
-    save({"stage": "unfinished run", "flags": flags, **state}, args.out + ".last")
-
-
-def remove_state(args):
-    """To be called when OUT is written."""
-    if processes()[0] == 0 and os.path.exists(args.out + ".last"):
-        os.remove(args.out + ".last")
-
-
-def read_json(path, model=None):
-    """A subnet spec; a person has to write no more than {"format": 1, "model": …, "prune": […]}. UserError where it is not
-    for `model`, the supernet's."""
-    if not os.path.isfile(path):
-        raise UserError(f"{path} does not exist: run 2_search.py first, or write it by hand")
+def read_subnet(path, model=None):
+    """A subnet spec, checked: a dict with "prune", a list of module paths, and more. UserError
+    where it is not for `model`, the supernet's."""
     try:
         with open(path, encoding="utf-8") as file:
-            spec = json.load(file)
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not (isinstance(spec, dict) and spec.get("format") == 1 and isinstance(spec.get("model"), str)
-            and isinstance(spec.get("prune"), list) and all(isinstance(name, str) for name in spec["prune"])):
-        raise UserError(f'{path} needs at least {{"format": 1, "model": "…", "prune": ["block", …]}}')
-    if model not in (None, spec["model"]):
-        raise UserError(f"{path} is for {spec['model']}, the supernet is a {model}")
-    return spec
+            subnet = json.load(file)
+        right = subnet["format"] == 1 and {*map(type, [subnet["model"], *subnet["prune"]])} == {str}
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist: run 2_search.py, or write it by hand") from error
+    except (ValueError, TypeError, KeyError):
+        right = False
+    if not right:
+        raise UserError(f'{path} is not JSON like {{"format": 1, "model": "…", "prune": ["…"]}}')
+    if model not in (None, subnet["model"]):
+        raise UserError(f"{path} is for {subnet['model']}, the supernet is a {model}")
+    return subnet
 
 
-def create_model(name, **model_args):
-    """timm.create_model with its mistakes as UserErrors."""
-    if ":" not in name and not timm.is_model(name):
-        similar = timm.list_models(f"*{name[:6]}*")[:8]
-        raise UserError(f"timm has no model {name}" + (f"; similar: {', '.join(similar)}" if similar else ""))
+# ---- what the stages share: images and evaluation ------------------------------------------------
+
+def read_image(dataset, index):
+    """(RGB image, label). timm skips an image that it cannot read; here it is an error."""
+    reader = getattr(dataset, "reader", None)  # a torchvision data set has none
     try:
-        return timm.create_model(name, **model_args)
-    except (TypeError, ValueError, AssertionError, KeyError, RuntimeError) as error:
-        raise UserError(f"timm cannot build {name} with {model_args}: {error}") from error
+        image, label = reader[index][:2] if reader else dataset[index]
+        return (Image.open(image) if reader else image).convert("RGB"), int(label)
+    except Exception as error:  # Pillow raises many kinds
+        name = reader.filename(index, absolute=True) if reader else f"number {index}"
+        raise UserError(f"cannot read image {name} ({type(error).__name__}): repair or remove it"
+                        ) from error
 
-
-def build(spec):
-    """The model that a checkpoint's weights fit: prunable, its subnet chosen, merged where it is a merged network's."""
-    model = create_model(spec["model"], **spec["model_args"])
-    make_prunable(model, spec.get("end_act"), spec.get("attention"))
-    set_subnet(model, spec.get("prune", ()))
-    return merge(model) if spec["stage"] == "merged" else model
-
-
-def restore(checkpoint):
-    """`build` with the checkpoint's own weights, in eval mode."""
-    model = build(checkpoint)
-    try:
-        model.load_state_dict(checkpoint["state_dict"])
-    except RuntimeError as error:
-        raise UserError(f"this {checkpoint['stage']}'s weights are of blocks of another form: it was written by another version of"
-                        " this project, write it again") from error
-    return model.eval()
-
-
-def load(path, device="cpu"):
-    """Opens any stage's checkpoint. Returns (model in eval mode, spec): spec is the checkpoint without its weights, with
-    "stage", "model", "model_args", "input_size" (C, H, W), "mean", "std", "classes", and "prune" once it is chosen."""
-    checkpoint = read(path, "supernet", "subnet", "merged")
-    model = restore(checkpoint)
-    spec = {key: value for key, value in checkpoint.items() if not key.endswith("state_dict")}
-    return model.to(device), spec
-
-
-def load_baseline(checkpoint, device="cpu"):
-    """The timm model that was pruned, with its own weights."""
-    model = create_model(checkpoint["model"], **checkpoint["model_args"])
-    model.load_state_dict(checkpoint["baseline_state_dict"])
-    return model.to(device).eval()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Images and evaluation
-# ---------------------------------------------------------------------------------------------------------------------
 
 class Images(torch.utils.data.Dataset):
-    """Some images of a timm data set, transformed, and their labels. cache: decoded once, if they fit into memory.
+    """Some images of a data set, transformed, and their labels. Item (epoch, i) is image i,
+    augmented at random by a seed of (seed, epoch, i) alone: neither the number of loader processes
+    nor what was loaded before counts. Item i is for transforms without random numbers."""
 
-    Item (epoch, i) is image i, augmented by chance; the chance depends on seed, epoch and i alone: not on the number of
-    loader processes, not on what was loaded before. Item i without an epoch is for transforms without chance.
-    timm skips an image that it cannot read; here it is an error that names it."""
-    in_memory = 2**31  # bytes of decoded images that fit; under torchrun each process holds its own
-
-    def __init__(self, dataset, indices, transform, seed=0, cache=False):
-        self.dataset, self.indices, self.transform, self.seed, self.cache = dataset, indices, transform, seed, None
-        if not cache or len(self) == 0:
-            return
-        some = [self.decode(i)[0] for i in range(0, len(self), len(self) // 8 + 1)]
-        if sum(3 * image.width * image.height for image in some) / len(some) * len(self) > self.in_memory:
-            return
-        pixels, where = [], []
-        for i in progress_bar(range(len(self)), "decode", unit="img"):
-            image, label = self.decode(i)
-            pixels.append(torch.from_numpy(np.array(image)).flatten())
-            where.append((image.height, image.width, label))
-        # one tensor, which all loader processes share
-        self.offsets = [0, *itertools.accumulate(map(len, pixels))]
-        self.cache, self.where = torch.cat(pixels), where
+    def __init__(self, dataset, indices, transform, seed):
+        self.dataset, self.indices, self.transform, self.seed = dataset, indices, transform, seed
 
     def __len__(self):
         return len(self.indices)
 
-    def decode(self, i):
-        """(RGB image, label) of the i-th of `indices`."""
-        index = int(self.indices[i])
-        try:
-            if reader := getattr(self.dataset, "reader", None):
-                file, label = reader[index][:2]
-                image = Image.open(file)
-            else:  # a torchvision data set
-                image, label = self.dataset[index]
-            return image.convert("RGB"), int(label)
-        except Exception as error:  # Pillow raises many kinds
-            name = reader.filename(index, absolute=True) if reader else f"number {index}"
-            raise UserError(f"cannot read image {name} ({type(error).__name__}): mend or remove it") from error
-
     def __getitem__(self, item):
         epoch, i = item if isinstance(item, tuple) else (None, item)
-        if self.cache is None:
-            image, label = self.decode(i)
-        else:
-            height, width, label = self.where[i]
-            image = Image.fromarray(self.cache[self.offsets[i]:self.offsets[i + 1]].view(height, width, 3).numpy())
+        image, label = read_image(self.dataset, int(self.indices[i]))
         if epoch is None:
             return self.transform(image), label
-        # timm's transforms draw from all three; without --workers the training itself draws from the same
+        # timm's transforms use all three generators; without --workers the training does so, too
         states = random.getstate(), np.random.get_state(), torch.get_rng_state()
         random.seed(f"{self.seed}/{epoch}/{i}")
         np.random.seed(random.getrandbits(32))
@@ -905,282 +822,91 @@ class Images(torch.utils.data.Dataset):
 
 
 class Shuffle(DistributedSampler):
-    """This process's share of the images in a new order every epoch, which `set_epoch` chooses, as (epoch, i)."""
+    """This process's images, in a new order every epoch (`set_epoch`), as (epoch, i)."""
 
     def __iter__(self):
         return zip(itertools.repeat(self.epoch), super().__iter__())
 
 
-def open_dataset(spec, split):
-    """The "train" or "val" split of the data that `spec` names, as a timm data set without transform."""
-    name, root, split = spec["dataset"], spec["data_dir"], spec[f"{split}_split"]
-    options = {}
+def open_dataset(data, part):
+    """The training images ("train") or those that top-1 is reported on ("val") of what `data`
+    describes, as a timm data set."""
+    name, root, options = data["dataset"], data["data_dir"], {}
     if not name:  # a folder of class folders
-        root = os.path.join(root, split)
+        root = os.path.join(root, part)
         if not os.path.isdir(root):
-            raise UserError(f"no folder {root}: --data-dir needs the folders {spec['train_split']} and {spec['val_split']},"
-                            " each with one folder of images per class")
-        if spec.get("classes"):  # the folders of both splits, numbered alike
-            options["class_map"] = {label: i for i, label in enumerate(spec["classes"])}
+            raise UserError(f"no folder {root}: --data-dir needs the folders train and val, each"
+                            " with one folder of images per class")
+        if data.get("classes"):  # the folders of both parts, numbered alike
+            options["class_map"] = {label: i for i, label in enumerate(data["classes"])}
     try:
         dataset = timm.data.create_dataset(
-            name, root=root, split=split, search_split=bool(name), download=spec.get("download", False), **options)
+            name, root=root, split={"train": "train", "val": "validation"}[part],
+            search_split=bool(name), download=data["download"], **options)
     except (RuntimeError, AssertionError, ValueError, ImportError) as error:
-        known = f" (looking for the classes {', '.join(spec['classes'][:3])} …)" if options else ""
-        raise UserError(f"cannot open {name or root}: {str(error).splitlines()[0]}{known}") from error
+        known = f" (looking for classes {', '.join(data['classes'][:3])} …)" if options else ""
+        raise UserError(f"cannot open {name or root}: {str(error).splitlines()[0]}{known}"
+                        ) from error
     if isinstance(dataset, torch.utils.data.IterableDataset):
-        raise UserError(f"{name} is a stream, of which no part can be held back: use a folder, torch/… or hfds/…")
+        raise UserError(f"{name} is a stream, of which no part can be held back: use another")
     if len(dataset) == 0:
         raise UserError(f"no images in {name or root}")
     return dataset
 
 
-def make_loader(spec, part, batch_size, device, workers=0, limit=None, share=False, augment=None):
+def make_loader(data, part, batch_size, device, workers=0, limit=None, split=False, augment=None):
     """timm's loader of normalised batches (B, C, H, W) and labels (B,) on `device`.
 
-    part: "train" (without what is held back), "holdout" (the part of the training images that the search scores on) or
-    "val". limit: only that many, drawn with the seed of the holdout. share: under torchrun, only this process's part.
-    augment: args with seed, aa and reprob, to train on: shuffled, augmented, shared out, last batch dropped."""
-    dataset = open_dataset(spec, "val" if part == "val" else "train")
+    part: "train" (without what is held back), "holdout" (the training images that the search scores
+    on) or "val". limit: only so many, chosen with the seed of the holdout. split: under torchrun,
+    only this process's part. augment: flags with seed, aa and reprob, to train on: shuffled,
+    augmented, split, the last incomplete batch left out."""
+    dataset = open_dataset(data, "val" if part == "val" else "train")
     indices = torch.arange(len(dataset))
     if part != "val":
-        if len(dataset) != spec["train_images"]:
-            raise UserError(f"{spec['data_dir']} has {len(dataset)} training images, the checkpoint was made with"
-                            f" {spec['train_images']}: name the same data with --data-dir")
-        held = torch.zeros(len(dataset), dtype=torch.bool)
-        held[spec["holdout"]] = True
+        if len(dataset) != data["train_images"]:
+            raise UserError(f"{data['data_dir']} has {len(dataset)} training images, the supernet"
+                            f" was made with {data['train_images']}: name the same with --data-dir")
+        held = torch.isin(indices, data["holdout"])
         indices = indices[held if part == "holdout" else ~held]
     if limit and limit < len(indices):
-        indices = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(spec["seed"]))[:limit]]
+        generator = torch.Generator().manual_seed(data["seed"])
+        indices = indices[torch.randperm(len(indices), generator=generator)[:limit]]
     rank, world = processes()
-    if len(indices) < world and (share or augment):
-        raise UserError(f"{part}: only {len(indices)} images for {world} processes: each needs one at least")
-    if share:
-        indices = indices[rank::world]
-    random_flags = {"scale": spec["scale"], "auto_augment": augment.aa} if augment else {}
+    if len(indices) < world and (split or augment):
+        raise UserError(f"{part}: only {len(indices)} images for {world} processes")
     try:
         transform = timm.data.create_transform(
-            tuple(spec["input_size"]), is_training=bool(augment), color_jitter=0, use_prefetcher=True, mean=spec["mean"],
-            std=spec["std"], interpolation=spec["interpolation"], crop_pct=spec["crop_pct"], **random_flags)
+            tuple(data["input_size"]), is_training=bool(augment), color_jitter=0, mean=data["mean"],
+            std=data["std"], interpolation=data["interpolation"], crop_pct=data["crop_pct"],
+            scale=data["scale"], auto_augment=augment and augment.aa, use_prefetcher=True)
     except (AssertionError, KeyError, ValueError) as error:
-        if not (augment and augment.aa):
-            raise
-        raise UserError(f"--aa {augment.aa}: not a policy in timm's notation, like rand-m9-mstd0.5-inc1") from error
-    images = Images(dataset, indices, transform, augment.seed if augment else 0, cache=share or bool(augment))
-    batch_size = min(batch_size, len(images) // world if augment else len(images))
+        raise UserError(f"--aa {augment and augment.aa}: {error!r}; timm's notation is like"
+                        " rand-m9-mstd0.5-inc1") from error
+    seed = augment.seed if augment else 0
+    images = Images(dataset, indices[rank::world] if split else indices, transform, seed)
+    sampler = Shuffle(images, world, rank, seed=seed, drop_last=True) if augment else None
     loader = torch.utils.data.DataLoader(
-        images, batch_size, drop_last=bool(augment), num_workers=workers, persistent_workers=workers > 0,
-        sampler=Shuffle(images, world, rank, seed=augment.seed, drop_last=True) if augment else None,
-        generator=torch.Generator(),  # else an epoch's first draw is the loader's, or not, as --workers is
-        collate_fn=fast_collate, pin_memory=torch.device(device).type == "cuda")
-    return PrefetchLoader(loader, mean=spec["mean"], std=spec["std"], channels=spec["input_size"][0],
-                          device=torch.device(device), re_prob=augment.reprob if augment else 0.)
+        images, min(batch_size, len(sampler or images)), sampler=sampler, drop_last=bool(augment),
+        num_workers=workers, persistent_workers=workers > 0, collate_fn=fast_collate,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator())  # else the loader would use, or not, numbers of the training's
+    return PrefetchLoader(loader, mean=data["mean"], std=data["std"], device=device,
+                          re_prob=augment.reprob if augment else 0.)
 
 
 @torch.no_grad()
-def evaluate(model, batches, shared=False):
+def evaluate(model, batches, split=False):
     """{"loss": mean cross entropy, "top1": %} over an iterable of (images, labels), in float32.
-    shared: each process has a part of the batches, and gets the result of all."""
+    split: each process has a part of the batches, and gets the result of all."""
     model.eval()
-    loss = correct = count = 0
+    sums = torch.zeros(3, dtype=torch.float64)  # loss, correct, images
     for images, labels in progress_bar(batches, "evaluate"):
         logits = model(images).float()
-        loss += F.cross_entropy(logits, labels, reduction="sum").item()
-        correct += (logits.argmax(1) == labels).sum().item()
-        count += len(labels)
-    if shared:
-        loss, correct, count = total([loss, correct, count], next(model.parameters()).device)
+        loss = F.cross_entropy(logits, labels, reduction="sum").item()
+        correct = (logits.argmax(1) == labels).sum().item()
+        sums += torch.tensor([loss, correct, len(labels)], dtype=torch.float64)
+    if split:
+        average([sums])
+    loss, correct, count = sums.tolist()
     return {"loss": loss / count, "top1": 100 * correct / count}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training: what stages 1 and 3 share. The loops stand there
-# ---------------------------------------------------------------------------------------------------------------------
-
-def add_training_flags(parser, lr, warmup):
-    """Flags of both stages that train, with timm's names where timm has them."""
-    parser.add_argument("--calibrate", type=at_least(0), default=4096, metavar="N",
-                        help="training images to fit the pruned blocks on; 0: each starts as its skip alone")
-    parser.add_argument("--batch-size", type=at_least(2), default=64, help="images per step; under torchrun, per process")
-    parser.add_argument("--lr", type=at_least(0, float), default=lr, help="peak learning rate")
-    parser.add_argument("--warmup", type=fraction, default=warmup, metavar="R",
-                        help="share of the steps while the rate rises to --lr from a tenth of it; falls to 0 by a cosine later")
-    parser.add_argument("--opt", default="adamw", help="a timm optimiser name")
-    parser.add_argument("--weight-decay", type=at_least(0, float), default=0.05, help="not applied to norms and biases")
-    parser.add_argument("--clip-grad", type=at_least(0, float), default=1.0, metavar="NORM", help="largest norm of the gradient; inf: any")
-    parser.add_argument("--ema", type=fraction, metavar="DECAY",
-                        help="also average the weights, e.g. 0.9999 (less in the first steps); the average is what counts")
-    parser.add_argument("--mixup", type=at_least(0, float), default=0.0, metavar="ALPHA", help="mixup, e.g. 0.8")
-    parser.add_argument("--cutmix", type=at_least(0, float), default=0.0, metavar="ALPHA", help="cutmix, e.g. 1.0")
-    parser.add_argument("--smoothing", type=fraction, default=0.0, help="label smoothing, e.g. 0.1")
-    parser.add_argument("--aa", metavar="POLICY", help="AutoAugment or RandAugment in timm's notation: rand-m9-mstd0.5-inc1")
-    parser.add_argument("--reprob", type=fraction, default=0.0, help="probability of random erasing, e.g. 0.25")
-    parser.add_argument("--amp", nargs="?", const="bfloat16", choices=("bfloat16", "float16"),
-                        help="mixed precision: bfloat16, or float16 with a loss scaler")
-    parser.add_argument("--compile", action="store_true", help="torch.compile of each block: slow to start, faster later")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of everything that is left to chance")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
-    parser.add_argument("--workers", type=at_least(0), default=2, help="processes that load images")
-    parser.add_argument("--resume", action="store_true", help="go on from OUT.last, which every epoch renews, if it is there")
-
-
-NOT_FINITE = ". Try a lower --lr or no --amp; OUT.last keeps the last epoch that was well"
-
-
-class Training:
-    """All that changes while a model trains: weights, optimiser, learning rate, loss scale, averaged weights.
-
-    `steps` in all; the learning rate rises over the first args.warmup of them, stays until the share `hold`, then falls.
-    `state_dict` holds what it takes to go on from there, bit for bit."""
-
-    def __init__(self, model, args, steps, hold=0.0):
-        self.model, self.args, self.device = model, args, next(model.parameters()).device
-        # Fused where torch has it: at 32 px on a CPU the plain loop over the parameters takes a third of the step
-        fused = {"fused": True} if args.opt in ("adam", "adamw", "sgd") else {}
-        try:
-            self.optimizer = create_optimizer_v2(  # no decay for norms and biases
-                model, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay, **fused)
-        except (ValueError, AssertionError, KeyError) as error:
-            raise UserError(f"--opt {args.opt}: {error}") from error
-        self.warmup = round(args.warmup * steps)
-        self.hold = max(self.warmup, round(hold * steps))
-        self.scheduler = CosineLRScheduler(self.optimizer, max(1, steps - self.hold), warmup_t=self.warmup,
-                                           warmup_lr_init=args.lr / 10, warmup_prefix=True, t_in_epochs=False)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "float16")
-        # λ is no parameter: it is not averaged, and the copy's own has to be set
-        self.ema = ModelEmaV3(model, args.ema, use_warmup=True) if args.ema else None
-        if args.compile:
-            compile_blocks(model)
-
-    @property
-    def result(self):
-        """The model that counts: the averaged one, where there is one."""
-        return self.ema.module if self.ema else self.model
-
-    def start(self, step):
-        """Sets the learning rate of this step, counted from 0, and returns it."""
-        self.scheduler.step_update(min(step, self.warmup) + max(0, step - self.hold))
-        return self.optimizer.param_groups[0]["lr"]
-
-    def autocast(self):
-        return torch.autocast(self.device.type, getattr(torch, self.args.amp or "bfloat16"), enabled=bool(self.args.amp))
-
-    def backward(self, loss):
-        """Adds to the gradients; several calls may make up one step."""
-        self.scaler.scale(loss).backward()
-
-    def update(self, step):
-        """One step with the gradients so far. They are averaged over the processes here, once, not in every backward
-        pass as DistributedDataParallel does it: a supernet's step has several, and leaves out other weights in each."""
-        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        average([parameter.grad for parameter in parameters])
-        self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(parameters, self.args.clip_grad)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        if self.ema:
-            self.ema.update(self.model, step)
-
-    def end_epoch(self):
-        """Before the epoch's state is saved. Every process has BN statistics of its own images: all get their average.
-        UserError where a step (the last one, or a smaller subnet's pass) has spoilt the weights."""
-        if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
-            raise UserError("weights are not finite at the end of the epoch" + NOT_FINITE)
-        parts = [self.model, self.ema.module] if self.ema else [self.model]
-        average([buffer for part in parts for buffer in part.buffers() if buffer.is_floating_point()])
-
-    def parts(self):
-        return {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler,
-                **({"ema": self.ema.module} if self.ema else {})}
-
-    def state_dict(self):
-        return {name: part.state_dict() for name, part in self.parts().items()}
-
-    def load_state_dict(self, state):
-        for name, part in self.parts().items():
-            part.load_state_dict(state[name])
-
-
-def make_mixup(args, loader, num_classes):
-    """(images, labels) -> (images, labels): timm's mixup and cutmix, with soft labels (B, classes), or nothing."""
-    if not (args.mixup or args.cutmix):
-        return lambda images, labels: (images, labels)
-    if loader.loader.batch_size % 2:
-        raise UserError(f"--mixup and --cutmix need an even --batch-size, not {loader.loader.batch_size}")
-    return timm.data.Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=num_classes)
-
-
-def fit_blocks(model, groups, spec, args, device):
-    """Fits groups of blocks in closed form, each group in the network with those before it pruned."""
-    started, pruned = time.time(), []
-    loader = make_loader(spec, "train", args.batch_size, device, args.workers, limit=args.calibrate, share=True)
-    for group in groups:
-        fit(model, group, (images for images, _ in loader), pruned)
-        pruned += group
-    images, = total([len(loader.loader.dataset)], device)
-    print(f"fitted {len(pruned)} blocks on {images:g} training images in {time.time() - started:.1f} s", flush=True)
-
-
-def label_loss(logits, labels, smoothing):
-    """Cross entropy with labels (B,), smoothed, or with mixed ones (B, classes), which mixup has smoothed already."""
-    return F.cross_entropy(logits, labels, label_smoothing=smoothing if labels.ndim == 1 else 0.0)
-
-
-def compile_blocks(model):
-    """torch.compile, block by block: a whole network would be compiled anew for every subnet, a block is for λ = 0, for
-    λ = 1 and once for all that lies between."""
-    torch._dynamo.config.cache_size_limit = 64  # forms, shapes and modes of one forward; beyond that it would run as before
-    for module in model.modules():
-        if isinstance(module, tuple(family.timm_class for family in FAMILIES)):
-            module.compile()
-
-
-class Epoch:
-    """Progress bar, mean loss and speed of one epoch of training, over all processes. Sets its order of the images and
-    its seed: nothing in it depends on what was drawn in earlier ones."""
-
-    def __init__(self, name, loader, seed, number):
-        random_seed(1000 * seed + number, processes()[0])
-        loader.sampler.set_epoch(number)
-        batch, world = loader.loader.batch_size, processes()[1]
-        self.bar = progress_bar(desc=name, total=len(loader) * batch * world, unit="img")
-        self.images, self.sum, self.count, self.waiting, self.started = batch * world, 0.0, 0, None, time.time()
-
-    def update(self, loss, **where):
-        """Counts one step's loss. A loss is only read at the next step: the GPU has the next batch by then.
-        UserError where it is not finite, with what `where` says of its step."""
-        self.read()
-        self.waiting = loss.detach(), where
-
-    def read(self):
-        if self.waiting:
-            loss, where = self.waiting[0].item(), self.waiting[1]
-            if not math.isfinite(loss):
-                raise UserError(f"the loss is {loss} at " + ", ".join(f"{key} {value:g}" for key, value in where.items())
-                                + NOT_FINITE)
-            self.sum, self.count = self.sum + loss, self.count + 1
-            self.bar.update(self.images)
-            self.bar.set_postfix(loss=f"{self.sum / self.count:.3f}", refresh=False)
-
-    def finish(self):
-        """{"loss": mean, "images_per_s": …}"""
-        self.read()
-        self.bar.close()
-        speed = self.count * self.images / (time.time() - self.started)
-        loss, count = total([self.sum, self.count], self.waiting[0].device)
-        return {"loss": loss / count, "images_per_s": round(speed, 1)}
-
-
-def print_best(name, log):
-    """Best and last top-1 of some epochs. The best is for information: val is never chosen on."""
-    if log:
-        best = max(log, key=lambda row: row["val_top1"])
-        print(f"{name}: best top-1 {best['val_top1']:.2f} % after epoch {best['epoch']}, last {log[-1]['val_top1']:.2f} %")
-
-
-def print_table(header, rows):
-    """Rows of text, the first column flush left, the others flush right."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    for row in (header, *rows):
-        print("  ".join(text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths))))

@@ -8,7 +8,7 @@ import random
 import pytest
 import timm
 import torch
-from conftest import one_network, stage
+from conftest import load, one_network, stage
 
 import blocks
 from blocks import UserError, evaluate, fit, make_prunable, prunable_blocks, recalibrate, set_subnet
@@ -37,15 +37,15 @@ def test_budgets(kind, value):
 
 
 def test_a_budget_that_nothing_meets():
-    with pytest.raises(UserError, match="the cheapest subnet has 0.6800 of the baseline's params, the dearest 1.0900"):
+    with pytest.raises(UserError, match="merged subnets have 0.6800 to 1.0900 of the baseline's params"):
         search_script.make_budget("params", 0.67, NAMES, WHOLE, WHOLE, SAVINGS)
 
 
 def made_up(candidate):
     """Losses for NAMES with interactions between neighbours."""
     chosen = [name in candidate for name in NAMES]
-    return {"loss": sum(c * (i + 1) for i, c in enumerate(chosen)) + 3 * sum(a and b for a, b in zip(chosen, chosen[1:])),
-            "top1": 0.0}
+    return {"loss": sum(c * (i + 1) for i, c in enumerate(chosen))
+            + 3 * sum(a and b for a, b in zip(chosen, chosen[1:])), "top1": 0.0, "macs": -sum(chosen)}
 
 
 def test_a_small_space_is_scored_completely(capsys):
@@ -55,15 +55,26 @@ def test_a_small_space_is_scored_completely(capsys):
     assert "20 subnets keep to the budget: scoring all of them" in capsys.readouterr().out
     scores, exact = search_script.search(made_up, budget, NAMES, 4, 3, 0)
     assert not exact and len(scores) == 12 and all(len(c) == 3 for c in scores)
-    front = search_script.pareto({c: made_up(c) for k in range(4) for c in map(frozenset, itertools.combinations(NAMES, k))},
-                                 lambda c: -len(c))
+    scores = {c: made_up(c) for k in range(4) for c in map(frozenset, itertools.combinations(NAMES, k))}
+    front = search_script.pareto(scores, "macs")
     assert front == [frozenset(), frozenset("a"), frozenset("ac"), frozenset("ace")]
+
+
+def test_of_equal_losses_the_cheaper_subnet_wins(capsys):
+    def score(candidate):  # all alike, and the alphabet's last ones are the cheapest
+        return {"loss": 1.0, "top1": 50.0, "macs": -sum(map(ord, candidate))}
+
+    budget = search_script.make_budget("prune", 2, NAMES, WHOLE, WHOLE, SAVINGS)
+    scores, _ = search_script.search(score, budget, NAMES, 6, 4, 0)
+    assert search_script.ranked(scores)[0] == frozenset("ef") == search_script.pareto(scores, "macs")[0]
+    scores[frozenset("ab")]["loss"] = float("nan")
+    assert search_script.ranked(scores)[-1] == frozenset("ab")
 
 
 @pytest.mark.parametrize("fits_in_memory", [True, False])
 @pytest.mark.parametrize("name, attention", [("test_resnet", False), ("mobilenetv2_035", False), ("test_convnext", False),
                                              ("test_vit", False), ("test_vit", True)])
-def test_scores_are_the_same_bits_in_any_order(name, attention, fits_in_memory, monkeypatch):
+def test_scores_are_the_same_bits_in_any_order(name, attention, fits_in_memory):
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=4, **({"img_size": 32} if name == "test_vit" else {}))
     names = make_prunable(model, attention=attention)
@@ -80,10 +91,9 @@ def test_scores_are_the_same_bits_in_any_order(name, attention, fits_in_memory, 
         return evaluate(model, held_out)
 
     right = {c: from_scratch(c) for c in candidates}
-    if not fits_in_memory:
-        monkeypatch.setattr(blocks.Images, "in_memory", 1)
-    score = search_script.make_score(model, names, calibration, held_out)
-    for order in (candidates, candidates[::-1], sorted(candidates, key=search_script.running_order(names))):
+    room = 2**31 if fits_in_memory else 1
+    score = search_script.make_score(model, names, calibration, held_out, room)
+    for order in (candidates, candidates[::-1], search_script.in_running_order(candidates, names)):
         for candidate in order:
             assert score(candidate) == right[candidate]
 
@@ -109,37 +119,44 @@ def test_several_sizes_and_specs_of_ones_own(runs, monkeypatch, tmp_path, capsys
     assert stage(monkeypatch, "2_search.py", *flags, "--prune", 1, 2, 3, "--out", tmp_path / "net.json") is None
     specs = [json.loads((tmp_path / f"net-{k}.json").read_text()) for k in (1, 2, 3)]
     assert [len(spec["prune"]) for spec in specs] == [1, 2, 3] and all(spec["search"]["optimum"] for spec in specs)
-    best = specs[2]["search"]["best_of_each_size"]
-    assert {size: len(subnets) for size, subnets in best.items()} == {"1": 3, "2": 3, "3": 1}
-    for spec, size in zip(specs, "123"):
-        assert best[size][0]["prune"].split() == spec["prune"] and best[size][0]["loss"] == spec["search"]["loss"]
     with open(tmp_path / "net.search.csv", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
     assert len(table) == 7 and set(table[0]) == {"prune", "blocks", "loss", "top1", "generation", "params", "macs"}
     assert {row["prune"]: int(row["macs"]) for row in table}[" ".join(specs[1]["prune"])] == specs[1]["merged"]["macs"]
-    capsys.readouterr()
+    rows = [line.split() for line in capsys.readouterr().out.split("best trade-offs of macs")[1].splitlines()[2:]]
+    assert sorted(row[0] for row in rows) == sorted(map(str, (tmp_path / "net.front").iterdir()))
+    for path, _, macs, loss, _ in rows:  # each can go to stage 3 as it is
+        front = json.loads(open(path).read())
+        assert f"{front['merged']['macs'] / 1e6:.1f}" == macs and f"{front['search']['loss']:.4f}" == loss
+        assert " ".join(front["prune"]) in {row["prune"] for row in table}
+    assert stage(monkeypatch, "2_search.py", *flags, "--prune", 1, "--score", rows[0][0]) == 2
     assert stage(monkeypatch, "2_search.py", *flags, "--score", tmp_path / "net-2.json") is None
     assert f"{specs[1]['search']['loss']:.4f}" in capsys.readouterr().out.splitlines()[-1]
 
 
 @pytest.mark.parametrize("runs", ["mobilenetv2_035"], indirect=True)
 def test_latency_is_measured_once(runs, monkeypatch, tmp_path, capsys):
+    timed = blocks.latencies
+    monkeypatch.setattr(blocks, "latencies", lambda models, images, rounds=9: timed(models, images, 1))
     flags = ["--supernet", runs / "supernet.pt", "--workers", 0, "--latency-batch", 2, "--population", 3, "--generations", 1,
              "--out", tmp_path / "net.json"]
     assert stage(monkeypatch, "2_search.py", *flags, "--latency", 0.95) is None
     first, spec = (json.loads((tmp_path / name).read_text()) for name in ("latency.json", "net.json"))
     assert spec["merged"]["latency"] <= 0.95 * spec["baseline"]["latency"]
     assert set(spec["search"]["timed_latency"]) == {"baseline", "merged"}
-    assert "latencies of the blocks measured" in capsys.readouterr().out
-    assert list(first["baseline"]) == list(first["merged"]) == list(blocks.prunable_blocks(blocks.load(runs / "supernet.pt")[0]))
+    assert "latencies of the blocks: measured now" in capsys.readouterr().out
+    assert list(first["savings"]) == list(blocks.prunable_blocks(load(runs / "supernet.pt")[0]))
+    assert 0 < first["error"] < 0.5 and 0 < sum(first["savings"].values()) < first["baseline"]
     assert stage(monkeypatch, "2_search.py", *flags, "--latency", 0.9) is None
-    assert "latencies of the blocks from" in capsys.readouterr().out
+    assert "latencies of the blocks: from" in capsys.readouterr().out
     said = stage(monkeypatch, "2_search.py", *flags, "--latency", 0.01)
-    assert said.startswith("error: --latency 0.01: the cheapest subnet has ")
-    monkeypatch.setattr(search_script, "measure_blocks", lambda *args: {key: first[key] for key in ("baseline", "merged", "rest")})
+    assert said.startswith("error: --latency 0.01: merged subnets have ")
+    monkeypatch.setattr(search_script, "measure_blocks", lambda *args: {
+        key: first[key] for key in ("baseline", "savings", "error")})
     for other in (json.dumps({**first, "threads": 77}), "[1]", "{no JSON"):
         (tmp_path / "latency.json").write_text(other)
         for said in ("measured", "from"):
-            table = search_script.latency_table(str(tmp_path / "latency.json"), blocks.read(runs / "supernet.pt"), None,
-                                                list(first["baseline"]), 2, torch.device("cpu"))
-            assert f"latencies of the blocks {said}" in capsys.readouterr().out and table == first
+            table = search_script.latency_table(
+                str(tmp_path / "latency.json"), blocks.read_checkpoint(runs / "supernet.pt"), None,
+                list(first["savings"]), torch.zeros(2, 3, 32, 32))
+            assert f"latencies of the blocks: {said}" in capsys.readouterr().out and table == first

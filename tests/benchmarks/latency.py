@@ -1,7 +1,7 @@
-"""How well stage 2's table predicts latency: random subnets, predicted from the blocks and timed as merged networks.
+"""How well stage 2's table predicts latency: random subnets, predicted and timed as merged networks.
 
-    python tests/latency.py                                            # the four networks at 224 px, batch 1 and 16
-    python tests/latency.py --models resnet18 --batch-sizes 8 --device cuda
+    python tests/benchmarks/latency.py                       # four networks, 224 px, batch 1 and 16
+    python tests/benchmarks/latency.py --models resnet18 --batch-sizes 8 --device cuda
 """
 import argparse
 import importlib
@@ -13,8 +13,8 @@ import sys
 import timm
 import torch
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from blocks import latencies, make_prunable, pick_device  # noqa: E402
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+from blocks import latencies, make_prunable  # noqa: E402
 
 search = importlib.import_module("2_search")
 parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -39,7 +39,7 @@ def spearman(a, b):
 
 def main():
     args = parser.parse_args()
-    device = pick_device(args.device)
+    device = torch.device(args.device)
     print(f"{args.subnets} random subnets each, {device.type}, {torch.get_num_threads()} threads, torch {torch.__version__};"
           " share of the latency of the baseline with its BN folded")
     for name in args.models:
@@ -51,7 +51,7 @@ def main():
             table = search.measure_blocks(model, blocks, images)
 
             def predicted(subnet):
-                return table["rest"] + sum(table["merged" if name in subnet else "baseline"][name] for name in blocks)
+                return table["baseline"] - sum(table["savings"][name] for name in subnet)
 
             subnets = [set()]
             while len(subnets) <= args.subnets:
