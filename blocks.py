@@ -900,12 +900,12 @@ def evaluate(model, batches, split=False):
     """{"loss": mean cross entropy, "top1": %} over an iterable of (images, labels), in float32.
     split: each process has a part of the batches, and gets the result of all."""
     model.eval()
-    sums = torch.zeros(3, dtype=torch.float64)  # loss, correct, images
+    sums = torch.zeros(3, dtype=torch.float64, device=next(model.parameters()).device)
     for images, labels in progress_bar(batches, "evaluate"):
         logits = model(images).float()
-        loss = F.cross_entropy(logits, labels, reduction="sum").item()
-        correct = (logits.argmax(1) == labels).sum().item()
-        sums += torch.tensor([loss, correct, len(labels)], dtype=torch.float64)
+        sums[0] += F.cross_entropy(logits, labels, reduction="sum")
+        sums[1] += (logits.argmax(1) == labels).sum()
+        sums[2] += len(labels)
     if split:
         average([sums])
     loss, correct, count = sums.tolist()

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+import torchvision
 from timm.models._efficientnet_blocks import InvertedResidual
 from timm.models.convnext import ConvNeXtBlock
 from timm.models.resnet import BasicBlock, downsample_avg, downsample_conv
@@ -432,6 +433,21 @@ def test_a_model_without_prunable_block_is_refused(name):
     model = timm.create_model(name).to("meta")
     with pytest.raises(UserError, match="has no prunable block"):
         make_prunable(model)
+
+
+def test_a_torchvision_model_is_refused():
+    with pytest.raises(UserError, match="ResNet has no prunable block: use a timm model"):
+        make_prunable(torchvision.models.resnet18())
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_the_new_layers_are_in_the_mode_of_the_model(train):
+    model, batch = create("mobilenetv2_050", {}).train(train), images(32)
+    names = make_prunable(model)
+    assert all(module.training == train for module in model.modules())
+    set_subnet(model, names)  # neither fitted nor trained
+    if not train:
+        assert_same(model, merge(model), batch)
 
 
 def test_unknown_blocks_are_named():

@@ -19,6 +19,11 @@ def validation(checkpoint):
 
 
 def test_checkpoints_hold_tensors_and_plain_values(runs):
+    files = {"about.json": ""}
+    torch.export.load(runs / "merged.pt2", extra_files=files)
+    shipped = torch.load(runs / "merged.pt", weights_only=True)
+    for about in (files["about.json"], str({key: shipped[key] for key in shipped.keys() - {"state_dict"}})):
+        assert "/" not in about and shipped["model"] in about  # no folder of this machine
     for name, kind in (("supernet.pt", "supernet"), ("subnet.pt", "subnet"), ("merged.pt", "merged")):
         checkpoint = torch.load(runs / name, weights_only=True)
         assert checkpoint["stage"] == kind and checkpoint["format"] == 2

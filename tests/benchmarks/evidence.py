@@ -1,7 +1,7 @@
 """Does progressive depth pruning beat direct pruning? One supernet's subnets, trained in several ways by stage 3.
 
-    python tests/evidence.py --supernet runs/supernet.pt --out runs/evidence --seeds 0 1 2 --epochs 4 --lr 1e-3
-    python tests/evidence.py --rows progressive "no soft labels" --thirds 2             # only these
+    python tests/benchmarks/evidence.py --supernet runs/supernet.pt --out runs/evidence --seeds 0 1 2 --epochs 4 --lr 1e-3
+    python tests/benchmarks/evidence.py --rows progressive "no soft labels" --thirds 2             # only these
 
 A third, two thirds and all of the prunable blocks, as stage 2 picks them. Flags that this script does not know go to every
 run of stage 3, but where they are what the row is about. Runs that are in --out already are not repeated, one that was
@@ -19,9 +19,10 @@ import sys
 
 import torch
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
-from blocks import build, cost, latencies, load, load_baseline, merge, print_table, prunable_blocks, read  # noqa: E402
+from blocks import (build, cost, latencies, merge, print_table,  # noqa: E402
+                    prunable_blocks, read_checkpoint)
 
 ROWS = {  # which blocks, and what is added to stage 3's flags
     "control": ("none", []),  # the baseline, trained on for as long and in the same way
@@ -31,8 +32,6 @@ ROWS = {  # which blocks, and what is added to stage 3's flags
     "progressive, random blocks": ("random", []),
     # ablations
     "no soft labels": ("searched", ["--distill", "0"]),
-    "from the supernet": ("searched", ["--start", "supernet"]),
-    "from the supernet, direct": ("searched", ["--start", "supernet", "--transition", "0"]),
     "not fitted": ("searched", ["--calibrate", "0"]),
     "not fitted, direct": ("searched", ["--calibrate", "0", "--transition", "0"]),
     "end activation": ("searched", ["--end-act"]),
@@ -55,8 +54,9 @@ def stage(script, *flags):
 
 def main():
     args, more = parser.parse_known_args()
-    spec = read(args.supernet, "supernet")
-    blocks = list(prunable_blocks(build(spec)))
+    checkpoint = read_checkpoint(args.supernet, "supernet")
+    input_size = checkpoint["data"]["input_size"]
+    blocks = list(prunable_blocks(build(checkpoint)))
     sizes = [round(len(blocks) * third / 3) for third in (1, 2, 3)]
 
     def path(name):
@@ -64,7 +64,7 @@ def main():
 
     def write(name, prune):
         with open(path(name), "w", encoding="utf-8") as file:
-            json.dump({"format": 1, "model": spec["model"], "prune": prune}, file)
+            json.dump({"format": 1, "model": checkpoint["model"], "prune": prune}, file)
 
     os.makedirs(args.out, exist_ok=True)
     searched = [path(f"searched-{size}.json") for size in sizes]
@@ -87,7 +87,7 @@ def main():
                     print(f"\n{row}, {size} of {len(blocks)}, seed {seed}", flush=True)
                     stage("3_progressive.py", "--supernet", args.supernet, "--subnet", path(chosen),
                           "--seed", seed, "--device", args.device, *more, *flags, "--resume", "--out", out)
-                results.setdefault((row, size), []).append(read(out, "subnet")["subnet"]["top1"])
+                results.setdefault((row, size), []).append(read_checkpoint(out, "subnet")["subnet"]["top1"])
 
     # Costs and latencies of the merged networks, in turns: of all seeds' where the blocks are random, else of one, as the rows
     # of a size differ in their weights only (and an end activation)
@@ -95,17 +95,17 @@ def main():
     for row, size in results:
         of_seeds = [path(f"{row}-{size}-{seed}.pt") for seed in args.seeds]
         files[row, size] = of_seeds if "random" in row else [shared.setdefault(size, of_seeds[0])] if size else []
-    baseline, names = load_baseline(spec), list(dict.fromkeys(itertools.chain(*files.values())))
-    networks = [baseline, merge(baseline), *(merge(load(name)[0]) for name in names)]
-    costs = [cost(network, spec["input_size"]) for network in networks]
-    images = torch.randn(args.latency_batch, *spec["input_size"], device=args.device).to(memory_format=torch.channels_last)
+    baseline, names = build(checkpoint, baseline=True), list(dict.fromkeys(itertools.chain(*files.values())))
+    networks = [baseline, merge(baseline), *(merge(build(read_checkpoint(name))) for name in names)]
+    costs = [cost(network, input_size) for network in networks]
+    images = torch.randn(args.latency_batch, *input_size, device=args.device).to(memory_format=torch.channels_last)
     seconds = latencies([network.to(args.device, memory_format=torch.channels_last) for network in networks], images)[:, 1]
     about = dict(zip(["baseline", "folded", *names], zip(costs, seconds)))
 
     def spread(values):
         return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
-    print(f"\n{spec['model']} at {spec['input_size'][-1]} px, baseline {spec['baseline']['top1']:.2f} %; seeds {args.seeds},"
+    print(f"\n{checkpoint['model']} at {input_size[-1]} px, baseline {checkpoint['baseline']['top1']:.2f} %; seeds {args.seeds},"
           f" {' '.join(more)}; latency of {args.latency_batch} images on {args.device}, {torch.get_num_threads()} threads,"
           f" torch {torch.__version__}; baseline with BN folded {seconds[1] * 1e3:.2f} ms\n")
     rows = []

@@ -1,7 +1,7 @@
 """How well stage 2's table predicts latency: random subnets, predicted and timed as merged networks.
 
-    python tests/benchmarks/latency.py                       # four networks, 224 px, batch 1 and 16
-    python tests/benchmarks/latency.py --models resnet18 --batch-sizes 8 --device cuda
+    python tests/benchmarks/benchmarks/latency.py                       # four networks, 224 px, batch 1 and 16
+    python tests/benchmarks/benchmarks/latency.py --models resnet18 --batch-sizes 8 --device cuda
 """
 import argparse
 import importlib

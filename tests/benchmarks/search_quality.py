@@ -1,8 +1,8 @@
 """How good is the search? Needs a supernet with few enough blocks to score every subnet of a size.
 
-    python tests/search_quality.py --supernet runs/supernet.pt --prune 6
-    python tests/search_quality.py --supernet runs/supernet.pt --train 12 --epochs 4     # and is its score the right one?
-    python tests/search_quality.py --supernet fitted.pt trained.pt --train 10 --any-size # whose score is better?
+    python tests/benchmarks/search_quality.py --supernet runs/supernet.pt --prune 6
+    python tests/benchmarks/search_quality.py --supernet runs/supernet.pt --train 12 --epochs 4     # and is its score the right one?
+    python tests/benchmarks/search_quality.py --supernet fitted.pt trained.pt --train 10 --any-size # whose score is better?
 
 The first scores all subnets with --prune blocks and ranks what the genetic search picks among them, beside random search
 with as many evaluations. --train runs stage 3 on random subnets and compares its top-1 with their scores in the supernet;
@@ -22,9 +22,10 @@ import time
 import torch
 from latency import kendall
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
-from blocks import evaluate, load, make_loader, prunable_blocks, read, recalibrate, restore, set_subnet  # noqa: E402
+from blocks import (build, evaluate, make_loader, prunable_blocks, read_checkpoint,  # noqa: E402
+                    recalibrate, set_subnet)
 
 stage2 = importlib.import_module("2_search")
 parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -41,7 +42,7 @@ parser.add_argument("--out", default="runs/ranking", help="folder for what stage
 
 def search_quality(args, score, blocks, from_scratch):
     budget = stage2.make_budget("prune", args.prune, blocks, {}, {}, {})
-    space = sorted(budget[2](), key=stage2.running_order(blocks))
+    space = stage2.in_running_order(budget[2](), blocks)
     started = time.time()
     table = {candidate: score(candidate) for candidate in space}
     speeds = [len(space) / (time.time() - started)]
@@ -56,7 +57,8 @@ def search_quality(args, score, blocks, from_scratch):
     print("seed  scored   rank of the search's pick   rank of random search's pick (mean of 100)")
     for seed in range(args.seeds):
         silence, sys.stdout = sys.stdout, open(os.devnull, "w", encoding="utf-8")
-        scores, exact = stage2.search(table.get, budget, blocks, args.population, generations, seed)
+        scores, exact = stage2.search(
+            lambda candidate: {**table[candidate], "macs": 0}, budget, blocks, args.population, generations, seed)
         sys.stdout = silence
         assert not exact
         rank = ranked.index(min(scores, key=lambda c: (scores[c]["loss"], sorted(c)))) + 1
@@ -67,7 +69,7 @@ def search_quality(args, score, blocks, from_scratch):
     print(f"loss from {best['loss']:.4f} to {worst['loss']:.4f}, top-1 of those {best['top1']:.2f} and {worst['top1']:.2f} %")
 
 
-def ranking(args, scores, blocks, spec):
+def ranking(args, scores, blocks, checkpoint):
     rng, rows = random.Random(0), []
     os.makedirs(args.out, exist_ok=True)
     for i in range(args.train):
@@ -75,11 +77,11 @@ def ranking(args, scores, blocks, spec):
         prune = sorted(rng.sample(blocks, size), key=blocks.index)
         path = os.path.join(args.out, f"{'any' if args.any_size else size}-{i}")
         with open(path + ".json", "w", encoding="utf-8") as file:
-            json.dump({"format": 1, "model": spec["model"], "prune": prune}, file)
+            json.dump({"format": 1, "model": checkpoint["model"], "prune": prune}, file)
         subprocess.run([sys.executable, os.path.join(ROOT, "3_progressive.py"), "--supernet", args.supernet[0], "--subnet",
                         path + ".json", "--epochs", args.epochs, "--workers", "1", "--resume", *args.stage3, "--out", path + ".pt"],
                        check=True)
-        top1, results = read(path + ".pt")["subnet"]["top1"], [score(frozenset(prune)) for score in scores]
+        top1, results = read_checkpoint(path + ".pt")["subnet"]["top1"], [score(frozenset(prune)) for score in scores]
         rows.append((top1, size, results))
         print(f"{i:3}  {size:2} pruned   supernet: " + "; ".join(f"loss {r['loss']:.4f}, top-1 {r['top1']:.2f} %" for r in results)
               + f"   after stage 3 {top1:.2f} %   {' '.join(prune)}", flush=True)
@@ -96,12 +98,12 @@ def main():
     args, args.stage3 = parser.parse_known_args()
     if args.stage3 and not args.train:
         parser.error(f"unknown: {' '.join(args.stage3)}")
-    spec = read(args.supernet[0], "supernet")
-    plain = restore(spec).to(memory_format=torch.channels_last)
+    checkpoint = read_checkpoint(args.supernet[0], "supernet")
+    plain = build(checkpoint).to(memory_format=torch.channels_last)
     blocks = list(prunable_blocks(plain))
 
     def images(part, limit):  # as stage 2 does by default
-        return list(make_loader(spec, part, 128, "cpu", limit=limit))
+        return list(make_loader(checkpoint["data"], part, 128, torch.device("cpu"), limit=limit))
 
     def from_scratch(candidate):
         set_subnet(plain, candidate)
@@ -109,10 +111,10 @@ def main():
         return evaluate(plain, images("holdout", 2000))
 
     calibration, held_out = [batch for batch, _ in images("train", 512)], images("holdout", 2000)
-    scores = [stage2.make_score(load(path)[0].to(memory_format=torch.channels_last), blocks, calibration, held_out)
+    scores = [stage2.make_score(build(read_checkpoint(path)).to(memory_format=torch.channels_last), blocks, calibration, held_out)
               for path in args.supernet]
     if args.train:
-        ranking(args, scores, blocks, spec)
+        ranking(args, scores, blocks, checkpoint)
     else:
         search_quality(args, scores[0], blocks, from_scratch)
 

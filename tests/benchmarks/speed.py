@@ -1,8 +1,8 @@
 """How much faster are the merged networks, and how much faster does arithmetic allow? Weights are random: they do not matter.
 
-    python tests/speed.py                                                         # the four networks, at 224 px
-    python tests/speed.py --models mobilenetv2_140 --specs tests/specs/*.json     # DepthShrinker's choices of blocks
-    python tests/speed.py --device cuda --batch-sizes 1 128
+    python tests/benchmarks/speed.py                                                         # the four networks, at 224 px
+    python tests/benchmarks/speed.py --models mobilenetv2_140 --specs tests/benchmarks/specs/*.json     # DepthShrinker's choices of blocks
+    python tests/benchmarks/speed.py --device cuda --batch-sizes 1 128
 
 A third, two thirds (drawn at random) and all of the prunable blocks, or those of --specs, each against the baseline and
 against the baseline with its BN folded; medians of many short turns, in one process.
@@ -15,8 +15,8 @@ import sys
 import timm
 import torch
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from blocks import cost, latencies, make_prunable, merge, pick_device, print_table, read_json, set_subnet  # noqa: E402
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+from blocks import cost, latencies, make_prunable, merge, print_table, read_subnet, set_subnet  # noqa: E402
 
 parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 parser.add_argument("--models", nargs="+", default=["resnet34", "mobilenetv2_100", "convnext_tiny", "deit_tiny_patch16_224"])
@@ -31,7 +31,7 @@ parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else
 
 def main():
     args = parser.parse_args()
-    device = pick_device(args.device)
+    device = torch.device(args.device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{where}, torch {torch.__version__}, {args.img_size} px{', compiled' if args.compile else ''}; speed-up over the"
           " baseline / over the baseline with its BN folded")
@@ -40,7 +40,7 @@ def main():
         torch.manual_seed(0)
         model = timm.create_model(name).eval()
         names, baseline = make_prunable(model, attention=args.attention), timm.create_model(name).eval()
-        subnets = [(os.path.splitext(os.path.basename(path))[0], read_json(path, name)["prune"]) for path in args.specs] or [
+        subnets = [(os.path.splitext(os.path.basename(path))[0], read_subnet(path, name)["prune"]) for path in args.specs] or [
             (f"{size} of {len(names)}", rng.sample(names, size)) for size in (round(len(names) * third / 3) for third in (1, 2, 3))]
         networks = [baseline, merge(model)]
         for _, prune in subnets:

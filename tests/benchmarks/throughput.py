@@ -1,24 +1,27 @@
 """Images per second of the training stages against a plain training loop on the same network, loader and optimiser.
 
-    python tests/throughput.py                                  # the drawn pictures; alternates, prints medians of ratios
-    python tests/throughput.py --model convnext_tiny --data-dir imagenette --img-size 224 --device cuda --amp --batch-size 128
+    python tests/benchmarks/throughput.py                                  # the drawn pictures; alternates, prints medians of ratios
+    python tests/benchmarks/throughput.py --model convnext_tiny --data-dir imagenette --img-size 224 --device cuda --amp --batch-size 128
 
-Stage 3 with nothing pruned (λ = 0) and with everything pruned (λ = 1) does one pass per step like the plain loop; stage 1
+Stage 3 with nothing pruned (lam = 0) and with everything pruned (lam = 1) does one pass per step like the plain loop; stage 1
 does a forward and backward pass for each of its subnets.
 """
 import argparse
 import copy
+import csv
 import importlib
 import os
 import statistics
 import sys
+import tempfile
 import time
 
 import torch
 import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from blocks import Training, make_loader, make_prunable, pick_device  # noqa: E402
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+from blocks import compile_blocks, make_loader, make_prunable  # noqa: E402
 
 first, third = importlib.import_module("1_supernet"), importlib.import_module("3_progressive")
 parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -35,17 +38,19 @@ parser.add_argument("--rounds", type=int, default=5, help="epochs of each kind, 
 
 def plain_epoch(model, loader, args):
     """Images/s of what a script without this project would do: forward, backward, clipping, step."""
-    training = Training(model, args, len(loader))  # only for the same optimiser, precision and compilation
+    fused = {"fused": True} if args.opt in ("adam", "adamw", "sgd") else {}
+    optimizer = create_optimizer_v2(model, args.opt, args.lr, args.weight_decay, **fused)
+    if args.compile:
+        compile_blocks(model)
     model.train()
     count, started = 0, time.time()
-    for step, (images, labels) in enumerate(loader):
-        with training.autocast():
+    for images, labels in loader:
+        with torch.autocast(loader.device.type, torch.bfloat16, enabled=args.amp):
             loss = F.cross_entropy(model(images), labels)
-        training.optimizer.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
-        training.optimizer.step()
-        training.scheduler.step_update(step + 1)
+        optimizer.step()
         count += len(images)
     loss.item()  # waits for a GPU
     return count / (time.time() - started)
@@ -57,32 +62,40 @@ def main():
               *(["--amp"] if ours.amp else []), *(["--compile"] if ours.compile else [])]
     if ours.data_dir == "data/shapes":
         first.draw_shapes(ours.data_dir)
-    args = first.parser.parse_args(["--model", ours.model, "--data-dir", ours.data_dir, "--img-size", ours.img_size, *shared])
-    device = pick_device(args.device)
-    spec = first.describe_data(args)
-    baseline, about, _ = first.build_baseline(args, len(spec["classes"]))
-    spec.update(about)
+    args = first.parser.parse_args(["--model", ours.model, "--data-dir", ours.data_dir, "--img-size",
+                                    ours.img_size, *shared])
+    device = torch.device(args.device)
+    data = first.describe_images(args)
+    baseline, *_ = first.make_baseline(args, data)
     baseline.to(device, memory_format=torch.channels_last)
     prunable = copy.deepcopy(baseline)
     names = make_prunable(prunable)
-    loader = make_loader(spec, "train", args.batch_size, device, args.workers, augment=args)
+    loader = make_loader(data, "train", args.batch_size, device, args.workers, augment=args)
+    val = [next(iter(make_loader(data, "val", args.batch_size, device)))]  # is not timed
 
-    def stage(module, *details):
-        log = []
-        module.train(copy.deepcopy(prunable), *details, lambda model: {"top1": 0.0, "top1_smallest": 0.0}, log)
-        return log[0]["images_per_s"]
+    def supernet():
+        rows = []
+        first.train(copy.deepcopy(prunable), names, loader, range(1), args,
+                    lambda model: {"top1": 0.0, "top1_smallest": 0.0},
+                    lambda row, **state: rows.append(row), None)
+        return rows[0]["images_per_s"]
 
     def progressive(prune, distill):
-        flags = third.parser.parse_args(["--epochs", "1", "--transition", "0", "--distill", str(distill), *shared])
-        return stage(third, baseline.eval(), prune, loader, flags)
+        with tempfile.TemporaryDirectory() as folder:
+            out = os.path.join(folder, "net.pt")
+            flags = third.parser.parse_args(["--epochs", "1", "--transition", "0", "--distill",
+                                             str(distill), "--out", out, *shared])
+            third.train(copy.deepcopy(prunable), baseline.eval(), prune, loader, val, flags, None)
+            with open(os.path.join(folder, "net.csv"), encoding="utf-8") as file:
+                return float(next(csv.DictReader(file))["images_per_s"])
 
-    passes = 2 + args.random_subnets
+    passes = 4  # largest, smallest, two random ones
     kinds = {  # images/s, and the passes per step that count against it
         "plain loop": (lambda: plain_epoch(copy.deepcopy(baseline), loader, args), 1),
-        "stage 3, λ = 0": (lambda: progressive([], 0), 1),
-        "stage 3, λ = 1, all pruned": (lambda: progressive(names, 0), 1),
-        "stage 3, λ = 1, with soft labels": (lambda: progressive(names, 0.5), 1),
-        f"stage 1, {passes} passes per step": (lambda: stage(first, names, loader, range(1), args), passes)}
+        "stage 3, lam = 0": (lambda: progressive([], 0), 1),
+        "stage 3, lam = 1, all pruned": (lambda: progressive(names, 0), 1),
+        "stage 3, lam = 1, with soft labels": (lambda: progressive(names, 0.5), 1),
+        f"stage 1, {passes} passes per step": (supernet, passes)}
     speeds = {name: [] for name in kinds}
     stdout, sys.stdout = sys.stdout, sys.stderr  # the stages' own lines
     for _ in range(ours.rounds + 1):
