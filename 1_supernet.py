@@ -42,9 +42,10 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import CosineLRScheduler
 from timm.utils import AverageMeter, ModelEmaV3, ParseKwargs, distribute_bn, random_seed
 
-from blocks import (UserError, at_least, average, compile_blocks, cost, create_model, evaluate, fit,
-                    make_loader, make_prunable, merge, open_dataset, print_table, processes,
-                    progress_bar, recalibrate, run, save, save_csv, set_subnet, start)
+from blocks import (UserError, at_least, average, check_finite, compile_blocks, cost, create_model,
+                    evaluate, fingerprint, finish, fit, make_loader, make_prunable, merge,
+                    open_dataset, print_table, processes, progress_bar, recalibrate, run, save,
+                    save_csv, set_subnet, start)
 
 parser = argparse.ArgumentParser(description="Stage 1 of 4: trains a supernet.",
                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -59,7 +60,7 @@ flag("--attention", action="store_true", help="let attention be pruned, too, as 
 # images
 flag("--data-dir", metavar="DIR",
      help="folder with train/CLASS/* and val/CLASS/* (None: data/shapes, drawn if absent)")
-flag("--dataset", default="", help="a timm data set instead of a folder: torch/cifar10, hfds/…")
+flag("--dataset", default="", help="a timm data set instead of a folder: torch/cifar10, hfds/...")
 flag("--dataset-download", action="store_true", help="let it download itself into --data-dir")
 flag("--num-classes", type=at_least(2), help="number of classes, where the data set cannot tell")
 flag("--img-size", type=at_least(1), help="height and width (None: the model's; 32 for shapes)")
@@ -113,8 +114,7 @@ def draw_shapes(root, train=2000, val=500, size=32):
     classes = [(shape, fill) for shape in shapes for fill in ("plain", "striped")]
     rng, zoom = np.random.default_rng(0), 4  # drawn large, then shrunk: smooth edges
     y, x = np.mgrid[:size, :size]
-    temporary = f"{root}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = f"{root}.{os.getpid()}.tmp"
     for split, count in (("train", train), ("val", val)):
         for index in range(count):
             shape, fill = classes[index % len(classes)]
@@ -138,7 +138,10 @@ def draw_shapes(root, train=2000, val=500, size=32):
             os.makedirs(folder, exist_ok=True)
             picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
             picture.save(os.path.join(folder, f"{index:04d}.png"))
-    os.replace(temporary, root)
+    try:
+        os.replace(temporary, root)
+    except OSError:  # another run was faster
+        shutil.rmtree(temporary)
 
 
 def describe_images(args):
@@ -166,7 +169,7 @@ def describe_images(args):
         raise UserError(f"{len(train)} training images: ten are needed, as one in ten is held back")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(args.seed))
     return {**data, "classes": classes, "train_images": len(train),
-            "holdout": order[:len(train) // 10].sort().values}
+            "fingerprint": fingerprint(train), "holdout": order[:len(train) // 10].sort().values}
 
 
 def make_baseline(args, data):
@@ -187,7 +190,7 @@ def make_baseline(args, data):
                         " check the network, or give --checkpoint FILE") from error
     if args.checkpoint:
         try:
-            timm.models.load_checkpoint(model, args.checkpoint)
+            timm.models.load_checkpoint(model, args.checkpoint, weights_only=True)
         except FileNotFoundError as error:
             raise UserError(f"{args.checkpoint} does not exist") from error
         except Exception as error:
@@ -200,10 +203,12 @@ def make_baseline(args, data):
     data.update(input_size=[3, *size], scale=[0.8, 1.0] if max(size) < 128 else [0.08, 1.0])
     if size != tuple(native["input_size"][1:]):
         data["crop_pct"] = 1.0  # off its own resolution (CIFAR's 32 px) a model sees all of it
+    check_finite(model, args.checkpoint or args.model)
     try:
-        cost(model, data["input_size"])
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"{args.model} does not take RGB images of {size[0]}x{size[1]} px:"
+        logits = copy.deepcopy(model).to("meta").eval()(torch.empty(1, 3, *size, device="meta"))
+        assert logits.shape == (1, len(data["classes"])), "it gives no logits"
+    except (RuntimeError, AssertionError, AttributeError) as error:
+        raise UserError(f"{args.model} does not classify RGB images of {size[0]}x{size[1]} px:"
                         f" {str(error).splitlines()[0]}") from error
     fits = args.pretrained and len(data["classes"]) == model.pretrained_cfg["num_classes"]
     return model, model_args, fits or bool(args.checkpoint)
@@ -280,9 +285,7 @@ def train(model, blocks, loader, epochs, args, report, keep, state):
         if world > 1:  # each process has BN statistics of its own images
             distribute_bn(model, world, reduce=True)
             distribute_bn(best, world, reduce=True)
-        if not all(weight.isfinite().all() for weight in model.parameters()):
-            raise UserError("weights are not finite at the end of the epoch. Try a lower --lr;"
-                            " OUT.last keeps the epoch before")
+        check_finite(model, f"{name}. Try a lower --lr; OUT.last keeps the epoch before")
         result = report(best)
         keep({"phase": name.split()[0], "epoch": epoch - epochs.start + 1, "lr": lr,
               "train_loss": mean_loss.item(), "val_top1": result["top1"],
@@ -308,6 +311,11 @@ def main():
     model.to(device, memory_format=torch.channels_last)  # depthwise convs train twice as fast
     loader = make_loader(data, "train", args.batch_size, device, args.workers, augment=args)
     val = make_loader(data, "val", args.batch_size, device, args.workers, split=True)
+    if not state:  # an image that cannot be read is an error now, not hours later
+        for part in ("train", "holdout", "val"):
+            images = make_loader(data, part, 64, torch.device("cpu"), args.workers, split=world > 1)
+            for _ in progress_bar(images, f"check {part}"):
+                pass
     log, baseline, baseline_weights = state["log"] if state else [], None, None
 
     def keep(row, **more):
@@ -359,8 +367,7 @@ def main():
           "data": data, "end_act": False, "attention": args.attention, "baseline": baseline,
           "supernet": result, "state_dict": model.state_dict(),
           "baseline_state_dict": baseline_weights}, args.out)
-    if rank == 0 and os.path.exists(args.out + ".last"):
-        os.remove(args.out + ".last")
+    finish(args.out)
     set_subnet(model, blocks)
     smallest = cost(merge(model), data["input_size"])
     print(f"\n{len(blocks)} prunable blocks: {' '.join(blocks)}\n")

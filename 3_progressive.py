@@ -32,10 +32,11 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import CosineLRScheduler
 from timm.utils import AverageMeter, ModelEmaV3, distribute_bn, random_seed
 
-from blocks import (UserError, at_least, average, build, compile_blocks, cost, create_model,
-                    evaluate, fit, make_loader, make_prunable, merge, obstacles, print_table,
-                    processes, progress_bar, prunable_blocks, read_checkpoint, read_subnet,
-                    recalibrate, run, save, save_csv, set_subnet, start)
+from blocks import (UserError, at_least, average, build, check_finite, compile_blocks, cost,
+                    create_model, evaluate, finish, fit, make_loader, make_prunable, merge,
+                    obstacles, print_table, processes, progress_bar, prunable_blocks,
+                    read_checkpoint, read_subnet, recalibrate, run, save, save_csv, set_subnet,
+                    start)
 
 parser = argparse.ArgumentParser(description="Stage 3 of 4: trains the subnet from lam = 0 to 1.",
                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -148,9 +149,7 @@ def train(model, teacher, prune, loader, val, args, state):
         if world > 1:  # each process has BN statistics of its own images
             distribute_bn(model, world, reduce=True)
             distribute_bn(best, world, reduce=True)
-        if not all(weight.isfinite().all() for weight in model.parameters()):
-            raise UserError("weights are not finite at the end of the epoch. Try a lower --lr;"
-                            " OUT.last keeps the epoch before")
+        check_finite(model, f"{name}. Try a lower --lr; OUT.last keeps the epoch before")
         set_subnet(best, prune, lam)
         result = evaluate(best, val, split=True)
         log.append({"epoch": epoch + 1, "lam": lam, "lr": lr, "train_loss": mean_loss.item(),
@@ -205,8 +204,7 @@ def main():
     model.cpu().eval()
     save({**checkpoint, "stage": "subnet", "flags": vars(args), "prune": prune, "end_act": end_act,
           "subnet": result, "state_dict": model.state_dict()}, args.out)
-    if processes()[0] == 0 and os.path.exists(args.out + ".last"):
-        os.remove(args.out + ".last")
+    finish(args.out)
     merged = cost(merge(model), data["input_size"])
     print()
     print_table(("", "params (M)", "MACs (M)", "top-1 (%)"), [

@@ -19,6 +19,7 @@ import contextlib
 import copy
 import importlib.util
 import json
+import math
 import os
 
 import torch
@@ -44,9 +45,10 @@ flag("--out", default="runs/merged.pt", metavar="FILE",
 
 
 @torch.no_grad()
-def check(names, ours, theirs, batches, bound):
-    """Prints how far the logits of two networks are apart, computed in the dtype of `ours`.
-    UserError where that is more than `bound` times the logits' standard deviation."""
+def check(names, ours, theirs, batches, bound, own=0.0):
+    """Prints and returns how far the logits of two networks are apart, computed in the dtype of
+    `ours`. UserError where that is more than `bound` times the logits' standard deviation, and more
+    than `own`, the rounding error that one of them has by itself."""
     errors, equal, logits = [], 0, []
     for images, _ in batches:
         images = images.to(next(ours.parameters()).dtype)
@@ -55,12 +57,13 @@ def check(names, ours, theirs, batches, bound):
         equal += (a.argmax(1) == b.argmax(1)).sum().item()
         logits.append(a)
     error, logits = torch.stack(errors).max().item(), torch.cat(logits)  # NaN if one is
-    bound *= logits.std().item()
+    bound = max(bound * logits.std().item(), own)
     text = (f"{names}: max abs error {error:.1e} (bound {bound:.1e}), same top-1 on {equal} of"
             f" {len(logits)} images")
     if not error <= bound:
         raise UserError(f"{text}: they differ, nothing was written")
     print(text, flush=True)
+    return error
 
 
 def export(network, about, path, onnx):
@@ -93,19 +96,27 @@ def main():
     if args.onnx and (missing := [name for name in ("onnx", "onnxscript")
                                   if not importlib.util.find_spec(name)]):
         raise UserError(f"--onnx needs more packages: pip install {' '.join(missing)}")
+    onnx = os.path.splitext(args.out)[0] + ".onnx" if args.onnx else None
+    paths = [os.path.realpath(path) for path in (args.subnet, args.out, args.out + "2", onnx,
+                                                 args.json) if path]
+    if len(set(paths)) < len(paths):
+        raise UserError("--subnet, --out, its exports and --json must be different files")
     checkpoint = read_checkpoint(args.subnet, "subnet")
     data = {**checkpoint["data"], "data_dir": args.data_dir or checkpoint["data"]["data_dir"]}
     model, baseline = build(checkpoint), build(checkpoint, baseline=True)
 
     # Is it the same network? First the merge itself, then, on all images, the weights that are
-    # written. In float64: in float32 the unmerged network may have larger rounding errors.
+    # written: they may be as far off as the unmerged network in float32 is from itself.
     val, some, few = (make_loader(data, "val", 64, device, args.workers, limit)
                       for limit in (None, 512, 64))
     model.double().to(device)
-    merged = merge(model)
+    merged, rounded = merge(model), copy.deepcopy(model).float()
     check("merged against unmerged", model, merged, few, 1e-10)
+    own = check("unmerged, in float32, against float64", model,
+                lambda images: rounded(images.float()).double(), val, math.inf)
     merged.float()
-    check("merged, in float32, against unmerged", model, copy.deepcopy(merged).double(), val, 1e-4)
+    check("merged, in float32, against unmerged", model,
+          lambda images: merged(images.float()).double(), val, 1e-4, own)
 
     # What travels with the network says nothing of this machine
     about = {key: data[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct",
@@ -123,22 +134,23 @@ def main():
     def for_export(images):
         return images * std + mean if args.fold_normalization else images
 
-    some = [(images.cpu(), labels) for images, labels in some]
-    onnx = os.path.splitext(args.out)[0] + ".onnx" if args.onnx else None
+    some = [(images.cpu(), labels.cpu()) for images, labels in some]
     with contextlib.ExitStack() as stack:
-        pt2, onnx_file = (path and stack.enter_context(replacing(path))
-                          for path in (args.out + "2", onnx))
+        # All are written, then all take their places: never are they of two different networks
+        pt, pt2, onnx_file = (path and stack.enter_context(replacing(path))
+                              for path in (args.out, args.out + "2", onnx))
         export(network, outside, pt2, onnx_file)
         program = torch.export.load(pt2).module()
-        check(f"{args.out}2 against merged", merged, lambda x: program(for_export(x)), some, 1e-4)
+        check(f"{args.out}2 against merged", merged, lambda x: program(for_export(x)), some, 1e-4,
+              own)
         if onnx and importlib.util.find_spec("onnxruntime"):
             import onnxruntime
             session = onnxruntime.InferenceSession(onnx_file, providers=["CPUExecutionProvider"])
             check(f"{onnx} against merged", merged, lambda x: torch.from_numpy(
-                session.run(None, {"images": for_export(x).numpy()})[0]), some, 1e-4)
+                session.run(None, {"images": for_export(x).numpy()})[0]), some, 1e-4, own)
         elif onnx:
             print(f"{onnx} was not checked: pip install onnxruntime")
-        save({**about, "state_dict": merged.state_dict()}, args.out)
+        save({**about, "state_dict": merged.state_dict()}, pt)
 
     # What it costs and what it is worth: the file as a user opens it
     networks = {"baseline": baseline, "baseline, BN folded": merge(baseline),

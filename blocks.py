@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import glob
 import itertools
 import json
 import math
@@ -592,6 +593,12 @@ def compile_blocks(model):
             module.compile()
 
 
+def check_finite(model, what):
+    """UserError where a weight or a statistic is not finite."""
+    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+        raise UserError(f"{what}: not all weights are finite")
+
+
 def create_model(name, **model_args):
     """timm.create_model, with UserError for its errors."""
     try:
@@ -603,12 +610,16 @@ def create_model(name, **model_args):
 def build(checkpoint, baseline=False):
     """The network in a checkpoint, in eval mode: prunable with its subnet set, or merged. Or, if
     asked for, the timm model that was pruned, with its own weights."""
+    bad = [key for key in checkpoint["model_args"] if "pretrained" in key or "checkpoint" in key]
+    if bad:
+        raise UserError(f"{', '.join(bad)} in a checkpoint's model_args: it may load no files")
     model = create_model(checkpoint["model"], **checkpoint["model_args"])
     if not baseline:
         make_prunable(model, checkpoint["end_act"], checkpoint["attention"])
         set_subnet(model, checkpoint.get("prune", ()))
         model = merge(model) if checkpoint["stage"] == "merged" else model
     model.load_state_dict(checkpoint["baseline_state_dict" if baseline else "state_dict"])
+    check_finite(model, f"this {checkpoint['stage']}")
     return model.eval()
 
 
@@ -644,6 +655,7 @@ def start(parser, *inputs, last_output=lambda args: args.out):
     inputs: the flags that name input files, whose content counts for what a run computes.
     Returns (args, device, state): state is what the killed run left in OUT.last, or None. With it,
     flags that are not given are those of that run, and others than those are a UserError."""
+    sys.stdout.reconfigure(errors="replace")  # not every terminal knows every class name's letters
     args, state = parser.parse_args(), None
     flag = f"--device {args.device}"
     try:
@@ -663,7 +675,9 @@ def start(parser, *inputs, last_output=lambda args: args.out):
         args = parser.parse_args()
     elif os.path.exists(last):
         print(f"{last} is of a run that was killed: --resume would go on with it")
-    files = filter(os.path.isfile, [getattr(args, flag) or "" for flag in inputs])
+    files = list(filter(os.path.isfile, [getattr(args, flag) or "" for flag in inputs]))
+    if os.path.realpath(args.out) in map(os.path.realpath, files):
+        raise UserError(f"--out {args.out} is an input, too: give another --out")
     args.checksums = {name: zlib.crc32(open(name, "rb").read()) for name in files}
     args.processes = processes()[1]
     if state:
@@ -716,10 +730,10 @@ def print_table(header, rows):
 @contextlib.contextmanager
 def replacing(path):
     """Yields a temporary path beside `path`, which takes its place at the end: nobody reads half a
-    file. The ending stays, torch.export wants the right one."""
+    file. It has a name of its own, and the ending of `path`, which torch.export wants."""
     folder, name = os.path.split(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, f"tmp.{name}")
+    temporary = os.path.join(folder, f"tmp.{os.getpid()}.{name}")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -728,11 +742,22 @@ def replacing(path):
             os.remove(temporary)
 
 
+def finish(out):
+    """Removes what only an unfinished run needs: OUT.last, and half-written files."""
+    if processes()[0] == 0:
+        for path in (out + ".last", *glob.glob(os.path.join(os.path.dirname(out), "tmp.*.*"))):
+            if path.endswith((".last", os.path.basename(out))) and os.path.exists(path):
+                os.remove(path)
+
+
 def save(checkpoint, path):
     """A checkpoint is one dict of tensors and plain values; "stage" is what it holds."""
     if processes()[0] == 0:
         with replacing(path) as temporary:
-            torch.save({"format": 2, **checkpoint}, temporary)
+            try:
+                torch.save({"format": 2, **checkpoint}, temporary)
+            except RuntimeError as error:  # a full disk
+                raise UserError(f"cannot write {path}: {error}") from error
 
 
 def save_csv(rows, path):
@@ -770,10 +795,10 @@ def read_subnet(path, model=None):
         right = subnet["format"] == 1 and {*map(type, [subnet["model"], *subnet["prune"]])} == {str}
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist: run 2_search.py, or write it by hand") from error
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         right = False
     if not right:
-        raise UserError(f'{path} is not JSON like {{"format": 1, "model": "…", "prune": ["…"]}}')
+        raise UserError(f'{path} is not JSON like {{"format": 1, "model": "x", "prune": ["y"]}}')
     if model not in (None, subnet["model"]):
         raise UserError(f"{path} is for {subnet['model']}, the supernet is a {model}")
     return subnet
@@ -786,7 +811,10 @@ def read_image(dataset, index):
     reader = getattr(dataset, "reader", None)  # a torchvision data set has none
     try:
         image, label = reader[index][:2] if reader else dataset[index]
-        return (Image.open(image) if reader else image).convert("RGB"), int(label)
+        image = Image.open(image) if reader else image
+        if image.mode.startswith("I"):  # 16 bits of grey: Pillow would clip them at 255
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        return image.convert("RGB"), int(label)
     except Exception as error:  # Pillow raises many kinds
         name = reader.filename(index, absolute=True) if reader else f"number {index}"
         raise UserError(f"cannot read image {name} ({type(error).__name__}): repair or remove it"
@@ -821,6 +849,16 @@ class Images(torch.utils.data.Dataset):
         return image, label
 
 
+def fingerprint(dataset):
+    """A number that changes with the names, the labels and the order of a data set's images."""
+    source = getattr(dataset, "reader", dataset)
+    samples = getattr(source, "samples", None) or getattr(source, "targets", None) or [len(dataset)]
+    root = str(getattr(source, "root", ""))
+    text = [(sample[0].removeprefix(root), sample[1]) if isinstance(sample, tuple) else sample
+            for sample in samples]
+    return zlib.crc32(repr(text).encode())
+
+
 class Shuffle(DistributedSampler):
     """This process's images, in a new order every epoch (`set_epoch`), as (epoch, i)."""
 
@@ -844,7 +882,7 @@ def open_dataset(data, part):
             name, root=root, split={"train": "train", "val": "validation"}[part],
             search_split=bool(name), download=data["download"], **options)
     except (RuntimeError, AssertionError, ValueError, ImportError) as error:
-        known = f" (looking for classes {', '.join(data['classes'][:3])} …)" if options else ""
+        known = f" (looking for classes {', '.join(data['classes'][:3])} ...)" if options else ""
         raise UserError(f"cannot open {name or root}: {str(error).splitlines()[0]}{known}"
                         ) from error
     if isinstance(dataset, torch.utils.data.IterableDataset):
@@ -864,9 +902,10 @@ def make_loader(data, part, batch_size, device, workers=0, limit=None, split=Fal
     dataset = open_dataset(data, "val" if part == "val" else "train")
     indices = torch.arange(len(dataset))
     if part != "val":
-        if len(dataset) != data["train_images"]:
-            raise UserError(f"{data['data_dir']} has {len(dataset)} training images, the supernet"
-                            f" was made with {data['train_images']}: name the same with --data-dir")
+        if fingerprint(dataset) != data["fingerprint"]:
+            raise UserError(f"the {len(dataset)} training images in {data['data_dir']} are not the"
+                            f" {data['train_images']} that the supernet was made with, with the"
+                            " same labels: name those with --data-dir")
         held = torch.isin(indices, data["holdout"])
         indices = indices[held if part == "holdout" else ~held]
     if limit and limit < len(indices):

@@ -3,12 +3,13 @@ import csv
 import importlib
 import itertools
 import json
+import os
 import random
 
 import pytest
 import timm
 import torch
-from conftest import load, one_network, stage
+from conftest import one_network, stage
 
 import blocks
 from blocks import UserError, evaluate, fit, make_prunable, prunable_blocks, recalibrate, set_subnet
@@ -136,29 +137,44 @@ def test_several_sizes_and_specs_of_ones_own(runs, monkeypatch, tmp_path, capsys
     assert f"{specs[1]['search']['loss']:.4f}" in capsys.readouterr().out.splitlines()[-1]
 
 
+@pytest.mark.parametrize("name, attention", [("test_resnet", False), ("test_vit", True)])
+def test_latencies_of_blocks(name, attention):
+    model = timm.create_model(name, **({"img_size": 32} if attention else {}))
+    names = make_prunable(model, attention=attention)
+    table = search_script.measure_blocks(model, names, torch.randn(2, 3, 32, 32), pairs=2, rounds=1)
+    assert list(table["savings"]) == names and table["baseline"] > 0 and table["error"] >= 0
+
+
 @pytest.mark.parametrize("runs", ["mobilenetv2_035"], indirect=True)
 def test_latency_is_measured_once(runs, monkeypatch, tmp_path, capsys):
-    timed = blocks.latencies
-    monkeypatch.setattr(blocks, "latencies", lambda models, images, rounds=9: timed(models, images, 1))
+    """And kept, but not where the machine was too busy. (The times are made up: so no busy machine fails this test.)"""
+    checkpoint, path = blocks.read_checkpoint(runs / "supernet.pt"), tmp_path / "latency.json"
+    names = list(blocks.prunable_blocks(blocks.build(checkpoint)))
+    errors = iter([0.01, 0.01, 0.01, 0.01, 0.01, 0.5, 0.5, 0.01, 0.5, 0.5, 0.5])
+    monkeypatch.setattr(search_script, "measure_blocks", lambda *args: {
+        "baseline": 1.0, "savings": dict.fromkeys(names, 0.04), "error": next(errors)})
+
+    def table():
+        made = search_script.latency_table(str(path), checkpoint, None, names, torch.zeros(2, 3, 32, 32))
+        return made, capsys.readouterr().out
+
+    first, said = table()
+    assert "latencies of the blocks: measured" in said and json.loads(path.read_text()) == first
+    without = {key: value for key, value in first.items() if key != "savings"}
+    for other in (json.dumps({**first, "threads": 77}), json.dumps(without), "[1]", "{no JSON"):
+        path.write_text(other)
+        assert "measured" in table()[1] and "from" in table()[1] and table()[0] == first
+    os.remove(path)
+    assert table()[1].count("measured") == 3 and path.exists()  # the third time was good
+    os.remove(path)
+    assert "too busy" in table()[1] and not path.exists()
+
+    path.write_text(json.dumps(first))
     flags = ["--supernet", runs / "supernet.pt", "--workers", 0, "--latency-batch", 2, "--population", 3, "--generations", 1,
              "--out", tmp_path / "net.json"]
-    assert stage(monkeypatch, "2_search.py", *flags, "--latency", 0.95) is None
-    first, spec = (json.loads((tmp_path / name).read_text()) for name in ("latency.json", "net.json"))
-    assert spec["merged"]["latency"] <= 0.95 * spec["baseline"]["latency"]
-    assert set(spec["search"]["timed_latency"]) == {"baseline", "merged"}
-    assert "latencies of the blocks: measured now" in capsys.readouterr().out
-    assert list(first["savings"]) == list(blocks.prunable_blocks(load(runs / "supernet.pt")[0]))
-    assert 0 < first["error"] < 0.5 and 0 < sum(first["savings"].values()) < first["baseline"]
-    assert stage(monkeypatch, "2_search.py", *flags, "--latency", 0.9) is None
+    assert stage(monkeypatch, "2_search.py", *flags, "--latency", 0.8) is None
     assert "latencies of the blocks: from" in capsys.readouterr().out
-    said = stage(monkeypatch, "2_search.py", *flags, "--latency", 0.01)
-    assert said.startswith("error: --latency 0.01: merged subnets have ")
-    monkeypatch.setattr(search_script, "measure_blocks", lambda *args: {
-        key: first[key] for key in ("baseline", "savings", "error")})
-    for other in (json.dumps({**first, "threads": 77}), "[1]", "{no JSON"):
-        (tmp_path / "latency.json").write_text(other)
-        for said in ("measured", "from"):
-            table = search_script.latency_table(
-                str(tmp_path / "latency.json"), blocks.read_checkpoint(runs / "supernet.pt"), None,
-                list(first["savings"]), torch.zeros(2, 3, 32, 32))
-            assert f"latencies of the blocks: {said}" in capsys.readouterr().out and table == first
+    found = json.loads((tmp_path / "net.json").read_text())
+    assert found["merged"]["latency"] <= 0.8 and len(found["prune"]) >= 5
+    assert set(found["search"]["timed_latency"]) == {"baseline", "merged"}
+    assert stage(monkeypatch, "2_search.py", *flags, "--latency", 0.01).startswith("error: --latency 0.01: merged subnets have ")

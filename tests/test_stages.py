@@ -2,13 +2,14 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import timm
 import torch
-from conftest import load, one_network, run_stage, stage
+from conftest import ROOT, load, one_network, run_stage, stage
 
 import blocks
 from blocks import UserError, cost, evaluate, make_loader
@@ -85,14 +86,12 @@ def test_pruning_without_training(runs, monkeypatch, tmp_path):
 @pytest.mark.parametrize("runs", ["test_vit"], indirect=True)
 def test_attention_pruned_too(runs, monkeypatch, tmp_path, capsys):
     """--attention in stage 1 is all that it takes."""
-    timed = blocks.latencies
-    monkeypatch.setattr(blocks, "latencies", lambda models, images, rounds=9: timed(models, images, 1))
     monkeypatch.chdir(tmp_path)
     checkpoint = blocks.read_checkpoint(runs / "supernet.pt")
     torch.save(checkpoint["baseline_state_dict"], "vit.pth")
     assert stage(monkeypatch, "1_supernet.py", "--model", "test_vit", "--checkpoint", "vit.pth", "--img-size", 32, "--attention",
                  "--data-dir", checkpoint["data"]["data_dir"], "--epochs", 0, "--workers", 0) is None
-    assert stage(monkeypatch, "2_search.py", "--latency", 1, "--population", 4, "--generations", 2, "--workers", 0) is None
+    assert stage(monkeypatch, "2_search.py", "--macs", 0.9, "--population", 4, "--generations", 2, "--workers", 0) is None
     (tmp_path / "runs/subnet.json").write_text(json.dumps(
         {"format": 1, "model": "test_vit", "prune": ["blocks.0.attn", "blocks.1", "blocks.1.attn"]}))
     assert stage(monkeypatch, "3_progressive.py", "--epochs", 1, "--workers", 0) is None
@@ -101,8 +100,6 @@ def test_attention_pruned_too(runs, monkeypatch, tmp_path, capsys):
     assert spec["prune"] == ["blocks.0.attn", "blocks.1.attn", "blocks.1"]
     images = validation(spec)[0][0]
     torch.testing.assert_close(merged(images), subnet(images), rtol=0, atol=1e-4)
-    table = json.loads((tmp_path / "runs/latency.json").read_text())
-    assert list(table["savings"]) == table["blocks"] and len(table["blocks"]) == 2 * len(subnet.blocks) - 1
     assert stage(monkeypatch, "1_supernet.py", "--model", "test_resnet", "--data-dir", checkpoint["data"]["data_dir"], "--img-size", 32,
                  "--attention") == "error: ResNet has no attention that could be pruned: leave out --attention"
 
@@ -293,9 +290,10 @@ def test_schedule_of_lam():
 
 def test_drawn_pictures_are_not_linear(supernet_script, tmp_path):
     supernet_script.draw_shapes(str(tmp_path / "shapes"))
-    data = {"dataset": "", "data_dir": str(tmp_path / "shapes"), "download": False, "train_images": 2000,
+    data = {"dataset": "", "data_dir": str(tmp_path / "shapes"), "download": False, "train_images": 2000, "seed": 0,
              "holdout": torch.arange(0), "input_size": [3, 32, 32], "scale": [1, 1], "crop_pct": 1.0,
             "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.5] * 3}
+    data["fingerprint"] = blocks.fingerprint(blocks.open_dataset(data, "train"))
     (x, y), (vx, vy) = (tuple(map(torch.cat, zip(*make_loader(data, part, 500, torch.device("cpu"))))) for part in ("train", "val"))
     x, vx = (torch.cat([t.flatten(1), torch.ones(len(t), 1)], 1).double() for t in (x, vx))
     best = max(((vx @ torch.linalg.solve(x.T @ x + ridge * torch.eye(x.shape[1]).double(), x.T @ torch.eye(10).double()[y]))
@@ -336,7 +334,7 @@ BAD_FIRST = {  # flags of stage 1, and what the error has to say
     "class only in val": (["--data-dir", "odd"], "val has classes that train lacks: c"),
     "unknown model": (["--model", "resnet43"], "timm cannot build resnet43"),
     "unknown weights": (["--model", "resnet18.foo"], "resnet18"),
-    "grey images": (["--model-kwargs", "in_chans=1"], "does not take RGB images"),
+    "grey images": (["--model-kwargs", "in_chans=1"], "does not classify RGB images"),
     "no prunable block": (["--model", "resnet50"], "has no prunable block"),
     "unknown model argument": (["--model-kwargs", "depht=3"], "depht"),
     "size that does not fit": (["--model", "test_vit", "--img-size", "33"], "33"),
@@ -345,6 +343,10 @@ BAD_FIRST = {  # flags of stage 1, and what the error has to say
     "not a checkpoint": (["--checkpoint", "text.txt"], "does not fit"),
     "unknown device": (["--device", "gpu"], "--device gpu"),
     "folder as output": (["--out", "single"], "cannot write single"),
+    "code in the weights": (["--checkpoint", "evil.pth"], "does not fit test_resnet"),
+    "weights that are not finite": (["--checkpoint", "nan.pth"], "nan.pth: not all weights are finite"),
+    "no classifier": (["--model-kwargs", "features_only=True"], "does not classify"),
+    "output is an input": (["--checkpoint", "out.pt"], "--out out.pt is an input, too"),
     "unknown data set": (["--dataset", "torch/nothing"], "nothing"),
 }
 
@@ -359,18 +361,37 @@ def test_bad_input_to_the_first_stage(kind, pictures, monkeypatch, tmp_path):
     for folder in ("train/a", "train/b", "val/a", "val/b"):
         os.makedirs(tmp_path / "empty" / folder)
     torch.save({"weight": torch.zeros(3)}, "other.pth")
+    torch.save(Evil(), "evil.pth")
+    weights = timm.create_model("test_resnet", num_classes=10).state_dict()
+    weights["fc.bias"][3] = float("nan")
+    torch.save(weights, "nan.pth")
     (tmp_path / "text.txt").write_text("no weights")
     (tmp_path / "out.pt").write_text("old")
     flags, text = BAD_FIRST[kind]
     defaults = ["--model", "test_resnet", "--data-dir", pictures, "--img-size", 32, "--workers", 0, "--baseline-epochs", 1]
     said = stage(monkeypatch, "1_supernet.py", "--out", "out.pt", *defaults, *flags)
     assert isinstance(said, str) and said.startswith("error: ") and text in said and "\n" not in said
-    assert (tmp_path / "out.pt").read_text() == "old"
+    assert (tmp_path / "out.pt").read_text() == "old" and not os.path.exists("evil")
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil",)
 
 
 SPEC = {"format": 1, "model": "test_resnet", "prune": ["layer1.0"]}
 BAD_LATER = {
     "no supernet": ("2_search.py", ["--supernet", "none.pt"], "none.pt does not exist"),
+    "code in a supernet": ("2_search.py", ["--supernet", "evil.pt"], "evil.pt is damaged or no checkpoint"),
+    "weights of another file": ("2_search.py", ["--supernet", "args.pt"], "checkpoint_path in a checkpoint's model_args"),
+    "weights from elsewhere": ("2_search.py", ["--supernet", "args2.pt"], "pretrained, pretrained_cfg in"),
+    "weights that are not finite": ("2_search.py", ["--supernet", "nan.pt"], "not all weights are finite"),
+    "nested without end": ("3_progressive.py", ["--subnet", "deep.json"], "is not JSON like"),
+    "output is the supernet": ("3_progressive.py", ["--supernet", "out"], "--out out is an input, too"),
+    "output is the subnet": ("4_merge.py", ["--subnet", "out"], "--out out is an input, too"),
+    "table over the network": ("4_merge.py", ["--json", "out"], "must be different files"),
+    "table over the export": ("4_merge.py", ["--json", "./out2"], "must be different files"),
+    "swapped labels": ("2_search.py", ["--data-dir", "swapped"], "same labels"),
     "truncated supernet": ("2_search.py", ["--supernet", "half.pt"], "half.pt is damaged"),
     "other stage's file": ("2_search.py", ["--supernet", "RUNS/subnet.pt"], "holds a subnet, this needs a supernet"),
     "too many blocks": ("2_search.py", ["--prune", "4"], "1 to 3 blocks"),
@@ -403,6 +424,18 @@ def test_bad_input_to_later_stages(kind, runs, monkeypatch, tmp_path):
     old["format"] = 1
     torch.save(old, tmp_path / "old.pt")
     (tmp_path / "text.txt").write_text("{no JSON")
+    (tmp_path / "deep.json").write_text("[" * 200000)
+    torch.save(Evil(), "evil.pt")
+    supernet = blocks.read_checkpoint(runs / "supernet.pt")
+    for name, more in (("args.pt", {"checkpoint_path": "evil.pt"}), ("args2.pt", {
+            "pretrained": True, "pretrained_cfg": {"file": "evil.pt"}})):
+        torch.save({**supernet, "model_args": {**supernet["model_args"], **more}}, name)
+    shutil.copytree(supernet["data"]["data_dir"], "swapped")
+    os.rename("swapped/train/plain disc", "swapped/train/x")
+    os.rename("swapped/train/plain ring", "swapped/train/plain disc")
+    os.rename("swapped/train/x", "swapped/train/plain ring")
+    next(iter(supernet["state_dict"].values()))[0] = float("nan")
+    torch.save(supernet, "nan.pt")
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "block.json").write_text(json.dumps({**SPEC, "prune": ["layer9.0"]}))
     (tmp_path / "model.json").write_text(json.dumps({**SPEC, "model": "resnet18"}))
@@ -414,7 +447,72 @@ def test_bad_input_to_later_stages(kind, runs, monkeypatch, tmp_path):
     flags = [flag.replace("RUNS", str(runs)) for flag in flags]
     said = stage(monkeypatch, script, *defaults, *flags, "--workers", 0, "--out", "out")
     assert isinstance(said, str) and said.startswith("error: ") and text in said and "\n" not in said
-    assert (tmp_path / "out").read_text() == "old"
+    assert (tmp_path / "out").read_text() == "old" and not os.path.exists("evil")
+
+
+def test_every_image_is_read_before_the_training(pictures, monkeypatch, tmp_path):
+    """Also those that are held back, which only stage 2 uses."""
+    shutil.copytree(pictures, tmp_path / "data")
+    held = torch.randperm(200, generator=torch.Generator().manual_seed(0))[:20]
+    path = timm.data.create_dataset("", tmp_path / "data/train").reader.samples[held[7]][0]
+    with open(path, "r+b") as file:
+        file.truncate(200)
+    said = stage(monkeypatch, "1_supernet.py", "--model", "test_resnet", "--data-dir", tmp_path / "data", "--img-size", 32,
+                 "--workers", 0, "--baseline-epochs", 0, "--epochs", 0, "--out", tmp_path / "net.pt")
+    assert said.startswith(f"error: cannot read image {path}") and not os.path.exists(tmp_path / "net.pt")
+
+
+def test_grey_images_of_16_bits_keep_their_range(tmp_path):
+    import numpy as np
+    from PIL import Image
+    os.makedirs(tmp_path / "a")
+    pixels = np.linspace(0, 65535, 1024).reshape(32, 32).astype(np.uint16)
+    Image.fromarray(pixels).save(tmp_path / "a/0.png")
+    image, label = blocks.read_image(timm.data.create_dataset("", tmp_path), 0)
+    assert image.mode == "RGB" and label == 0
+    assert abs(np.asarray(image)[..., 0] - pixels / 257).max() < 1
+
+
+def test_two_first_runs_draw_the_same_pictures(supernet_script, monkeypatch, tmp_path):
+    root, isdir = str(tmp_path / "shapes"), os.path.isdir
+    for _ in range(2):
+        supernet_script.draw_shapes(root, train=20, val=10)
+        monkeypatch.setattr(os.path, "isdir", lambda path: path != root and isdir(path))  # as if not seen
+    monkeypatch.undo()
+    assert os.listdir(tmp_path) == ["shapes"] and len(list((tmp_path / "shapes").glob("*/*/*.png"))) == 30
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(monkeypatch, tmp_path):
+    def full(content, path):
+        with open(path, "w") as file:
+            file.write("half")
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="cannot write .*net.pt: unexpected pos"):
+        blocks.save({"stage": "subnet"}, str(tmp_path / "net.pt"))
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_check_of_a_merged_network():
+    check = importlib.import_module("4_merge").check
+    ours, batches = torch.nn.Linear(3, 2).double(), [(torch.randn(4, 3), None) for _ in range(3)]
+    for value in (float("nan"), float("inf"), 1.0):
+        calls = iter((0.0, value, 0.0))
+        with pytest.raises(UserError, match="they differ, nothing was written"):
+            check("a against b", ours, lambda images: ours(images) + next(calls), batches, 1e-4)
+    assert check("a against b", ours, lambda images: ours(images) + 1, batches, 1e-4, own=1.01) == pytest.approx(1)
+
+
+@one_network
+def test_output_that_is_not_utf8(runs, tmp_path):
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    commands = [[f"{number}.py", "--help"] for number in ("1_supernet", "2_search", "3_progressive", "4_merge")]
+    commands.append(["3_progressive.py", "--supernet", runs / "supernet.pt", "--subnet", runs / "subnet.json", "--epochs", 1,
+                     "--workers", 0, "--out", tmp_path / "net.pt"])
+    for script, *flags in commands:
+        done = subprocess.run([sys.executable, script, *map(str, flags)], cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 def test_from_a_shell_an_error_is_one_line(tmp_path):
