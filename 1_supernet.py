@@ -285,7 +285,7 @@ def train(model, blocks, loader, epochs, args, report, keep, state):
         if world > 1:  # each process has BN statistics of its own images
             distribute_bn(model, world, reduce=True)
             distribute_bn(best, world, reduce=True)
-        check_finite(model, f"{name}. Try a lower --lr; OUT.last keeps the epoch before")
+        check_finite(model, name, ". Try a lower --lr; OUT.last keeps the epoch before")
         result = report(best)
         keep({"phase": name.split()[0], "epoch": epoch - epochs.start + 1, "lr": lr,
               "train_loss": mean_loss.item(), "val_top1": result["top1"],

@@ -149,7 +149,7 @@ def train(model, teacher, prune, loader, val, args, state):
         if world > 1:  # each process has BN statistics of its own images
             distribute_bn(model, world, reduce=True)
             distribute_bn(best, world, reduce=True)
-        check_finite(model, f"{name}. Try a lower --lr; OUT.last keeps the epoch before")
+        check_finite(model, name, ". Try a lower --lr; OUT.last keeps the epoch before")
         set_subnet(best, prune, lam)
         result = evaluate(best, val, split=True)
         log.append({"epoch": epoch + 1, "lam": lam, "lr": lr, "train_loss": mean_loss.item(),

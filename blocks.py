@@ -593,10 +593,10 @@ def compile_blocks(model):
             module.compile()
 
 
-def check_finite(model, what):
+def check_finite(model, what, hint=""):
     """UserError where a weight or a statistic is not finite."""
     if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
-        raise UserError(f"{what}: not all weights are finite")
+        raise UserError(f"not all weights of {what} are finite{hint}")
 
 
 def create_model(name, **model_args):
