@@ -59,14 +59,14 @@ flag("--checkpoint", metavar="FILE", help="start from weights in timm's keys (.p
 flag("--attention", action="store_true", help="let attention be pruned, too, as blocks of its own")
 # images
 flag("--data-dir", metavar="DIR",
-     help="folder with train/CLASS/* and val/CLASS/* (None: data/shapes, drawn if absent)")
+     help="folder with train/CLASS/* and val/CLASS/* (None: pictures drawn into data/shapes)")
 flag("--dataset", default="", help="a timm data set instead of a folder: torch/cifar10, hfds/...")
 flag("--dataset-download", action="store_true", help="let it download itself into --data-dir")
 flag("--num-classes", type=at_least(2), help="number of classes, where the data set cannot tell")
 flag("--img-size", type=at_least(1), help="height and width (None: the model's; 32 for shapes)")
 # training
-flag("--baseline-epochs", type=at_least(0), help="for the baseline (None: 10, or 0 with weights)")
-flag("--epochs", type=at_least(0), default=4, help="for the supernet, each three times as long")
+flag("--baseline-epochs", type=at_least(0), help="of the baseline (None: 10, or 0 if weights fit)")
+flag("--epochs", type=at_least(0), default=4, help="of the supernet: four passes per step")
 flag("--calibrate", type=at_least(0), default=4096, metavar="N",
      help="training images to fit the pruned forms on; 0: each starts as its skip alone")
 flag("--batch-size", type=at_least(2), default=64, help="images per step and process")
@@ -74,8 +74,8 @@ flag("--lr", type=positive, default=1e-3, help="peak learning rate; falls to 0 b
 flag("--warmup", type=share, default=0.1, metavar="R", help="share of the steps before the peak")
 flag("--opt", default="adamw", choices=list_optimizers(), metavar="NAME", help="a timm optimiser")
 flag("--weight-decay", type=positive, default=0.05, help="not for norms and biases")
-flag("--clip-grad", type=positive, default=1.0, metavar="NORM", help="largest gradient; inf: any")
-flag("--ema", type=share, metavar="DECAY", help="average the weights, too, and take those: 0.9999")
+flag("--clip-grad", type=positive, default=1.0, metavar="NORM", help="largest norm; inf: any")
+flag("--ema", type=share, metavar="DECAY", help="take a moving average of the weights: 0.9999")
 flag("--mixup", type=positive, default=0.0, metavar="ALPHA", help="mixup, e.g. 0.8")
 flag("--cutmix", type=positive, default=0.0, metavar="ALPHA", help="cutmix, e.g. 1.0")
 flag("--smoothing", type=share, default=0.0, help="label smoothing, e.g. 0.1")
@@ -178,11 +178,11 @@ def make_baseline(args, data):
     model_args = {**args.model_kwargs, "num_classes": len(data["classes"])}
     shapes = args.data_dir is None and not args.dataset
     size = args.img_size or model_args.get("img_size") or (32 if shapes else None)
-    if size and hasattr(create_model(args.model, **model_args), "set_input_size"):
+    if size and hasattr(create_model(args.model, model_args), "set_input_size"):
         model_args["img_size"] = size  # a ViT's size is fixed when it is built
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # one error is enough
     try:
-        model = create_model(args.model, pretrained=args.pretrained, **model_args)
+        model = create_model(args.model, model_args, args.pretrained)
     except Exception as error:
         if isinstance(error, UserError) or not args.pretrained:
             raise
@@ -220,6 +220,8 @@ def train(model, blocks, loader, epochs, args, report, keep, state):
 
     epochs: a range, counted through the stage. keep(row, **state) logs the epoch, and saves what
     `state` goes on from."""
+    if not epochs:
+        return model, report(model)
     device, (rank, world), steps = loader.device, processes(), len(epochs) * len(loader)
     fused = {"fused": True} if args.opt in ("adam", "adamw", "sgd") else {}  # faster, also on a CPU
     optimizer = create_optimizer_v2(model, args.opt, args.lr, args.weight_decay, **fused)
@@ -277,7 +279,7 @@ def train(model, blocks, loader, epochs, args, report, keep, state):
             lr = optimizer.param_groups[0]["lr"]
             if not math.isfinite(losses.val):
                 raise UserError(f"the loss is {losses.val} at step {step + 1}, lr {lr:g}. Try a"
-                                " lower --lr; OUT.last keeps the epoch before")
+                                " lower --lr; --resume takes the epoch before")
             bar.set_postfix(loss=f"{losses.avg:.3f}", refresh=False)
         mean_loss = torch.tensor(losses.avg, dtype=torch.float64, device=device)
         average([mean_loss])
@@ -285,7 +287,7 @@ def train(model, blocks, loader, epochs, args, report, keep, state):
         if world > 1:  # each process has BN statistics of its own images
             distribute_bn(model, world, reduce=True)
             distribute_bn(best, world, reduce=True)
-        check_finite(model, name, ". Try a lower --lr; OUT.last keeps the epoch before")
+        check_finite(model, name, ". Try a lower --lr; --resume takes the epoch before")
         result = report(best)
         keep({"phase": name.split()[0], "epoch": epoch - epochs.start + 1, "lr": lr,
               "train_loss": mean_loss.item(), "val_top1": result["top1"],
@@ -294,7 +296,7 @@ def train(model, blocks, loader, epochs, args, report, keep, state):
         smallest = f", smallest {result['top1_smallest']:.2f} %" if blocks else ""
         print(f"{name}  lr {lr:.2e}  loss {mean_loss:.3f}  top-1 {result['top1']:.2f} %{smallest}"
               f"  {speed:.0f} img/s", flush=True)
-    return best, result or report(best)
+    return best, result
 
 
 def main():

@@ -92,8 +92,8 @@ def merged_on(model, prune, device):
 def measure_blocks(model, blocks, images, pairs=8, rounds=9):
     """{"baseline": seconds, "savings": {block: seconds}, "error": …} of merged networks.
 
-    Each block is timed where it stands, after and before what it really meets, in both forms: in
-    the network with nothing pruned, the one with everything pruned, and pairs of a random subnet
+    Each block is timed inside the network, between its real neighbours, in both forms: in the
+    network with nothing pruned, the one with everything pruned, and pairs of a random subnet
     and its complement, which take short turns. (Timed alone, with its input still in the cache, a
     block came out up to a quarter wrong.) error: how far the sums are from the networks' times."""
     cuda, rng = images.device.type == "cuda", random.Random(0)
@@ -361,7 +361,8 @@ def main():
     def kind(args):
         return next((key for key in ("macs", "params", "latency") if getattr(args, key)), "prune")
 
-    args, device, state = start(parser, "supernet", last_output=lambda args: outputs(args)[-1])
+    args, device, state = start(parser, "supernet", read=read_subnet,
+                                last_output=lambda args: outputs(args)[-1])
     kind, paths, root = kind(args), outputs(args), os.path.splitext(args.out)[0]
     price = "macs" if kind == "prune" else kind
     checkpoint = read_checkpoint(args.supernet, "supernet")
@@ -378,7 +379,7 @@ def main():
         for name in blocks:
             savings[name]["latency"] = table["savings"][name]
     baseline = {**whole, **{key: checkpoint["baseline"][key] for key in ("params", "macs")}}
-    values = getattr(args, kind) or [len(blocks) // 2]
+    values = getattr(args, kind) or [max(1, len(blocks) // 2)]
     budgets = [] if args.score else [
         make_budget(kind, value, blocks, baseline, whole, savings) for value in values]
     own = [(path, read_subnet(path, checkpoint["model"])["prune"]) for path in args.score or ()]

@@ -8,7 +8,7 @@ runs/subnet.pt.last is what --resume goes on from.
     python 3_progressive.py --epochs 0                           # no training
     python 3_progressive.py --epochs 30 --lr 5e-4
     python 3_progressive.py --transition 0                       # direct pruning, to compare with
-    python 3_progressive.py --transition 0 --start random        # from scratch, to compare with
+    python 3_progressive.py --transition 0 --start random        # random weights, to compare with
     python 3_progressive.py --subnet my.json --supernet runs/supernet.pt
     torchrun --nproc-per-node 8 3_progressive.py --amp --workers 8
 
@@ -61,8 +61,8 @@ flag("--lr", type=positive, default=1e-3, help="peak learning rate; falls to 0 b
 flag("--warmup", type=share, default=0.0, metavar="R", help="share of the steps before the peak")
 flag("--opt", default="adamw", choices=list_optimizers(), metavar="NAME", help="a timm optimiser")
 flag("--weight-decay", type=positive, default=0.05, help="not for norms and biases")
-flag("--clip-grad", type=positive, default=1.0, metavar="NORM", help="largest gradient; inf: any")
-flag("--ema", type=share, metavar="DECAY", help="average the weights, too, and take those: 0.9999")
+flag("--clip-grad", type=positive, default=1.0, metavar="NORM", help="largest norm; inf: any")
+flag("--ema", type=share, metavar="DECAY", help="take a moving average of the weights: 0.9999")
 flag("--mixup", type=positive, default=0.0, metavar="ALPHA", help="mixup, e.g. 0.8")
 flag("--cutmix", type=positive, default=0.0, metavar="ALPHA", help="cutmix, e.g. 1.0")
 flag("--smoothing", type=share, default=0.0, help="label smoothing, e.g. 0.1")
@@ -141,7 +141,7 @@ def train(model, teacher, prune, loader, val, args, state):
             losses.update(loss.item())
             if not math.isfinite(losses.val):
                 raise UserError(f"the loss is {losses.val} at step {step + 1}, lam {lam:g}, lr"
-                                f" {lr:g}. Try a lower --lr; OUT.last keeps the epoch before")
+                                f" {lr:g}. Try a lower --lr; --resume takes the epoch before")
             bar.set_postfix(lam=f"{lam:.3f}", loss=f"{losses.avg:.3f}", refresh=False)
         speed = losses.count * loader.loader.batch_size * world / (time.time() - started)
         mean_loss = torch.tensor(losses.avg, dtype=torch.float64, device=device)
@@ -149,7 +149,7 @@ def train(model, teacher, prune, loader, val, args, state):
         if world > 1:  # each process has BN statistics of its own images
             distribute_bn(model, world, reduce=True)
             distribute_bn(best, world, reduce=True)
-        check_finite(model, name, ". Try a lower --lr; OUT.last keeps the epoch before")
+        check_finite(model, name, ". Try a lower --lr; --resume takes the epoch before")
         set_subnet(best, prune, lam)
         result = evaluate(best, val, split=True)
         log.append({"epoch": epoch + 1, "lam": lam, "lr": lr, "train_loss": mean_loss.item(),
@@ -172,7 +172,7 @@ def main():
     model = copy.deepcopy(teacher)
     teacher.to(device, memory_format=torch.channels_last)
     if args.start == "random":
-        model = create_model(checkpoint["model"], **checkpoint["model_args"])
+        model = create_model(checkpoint["model"], checkpoint["model_args"])
     # Without training end activations only harm, and so they do as long as some block stays
     whole = copy.deepcopy(model)
     everything = set(subnet["prune"]) == set(make_prunable(whole)) and not obstacles(whole)

@@ -5,8 +5,8 @@ each (Liu et al., "UPDP: A Unified Progressive Depth Pruner for CNN and Vision T
 2024). Every prunable block holds two forms and blends them by `lam`, the paper's λ:
 
     lam = 0   the baseline block: timm's own forward, bit for bit
-    lam = 1   the pruned block: linear up to its last activation, so that `fuse()` can make plain
-              layers of it, with the BatchNorm and the skip folded in, exactly
+    lam = 1   the pruned block: linear up to its last activation (in a ViT: the MLP half), so that
+              `fuse()` can make plain layers of it, with BatchNorm and skip folded in, exactly
 
     timm class                             pruned form, beside the skip       merges into
     resnet.BasicBlock                      3x3 conv, BatchNorm                one 3x3 conv
@@ -290,7 +290,7 @@ class PrunableInvertedResidual(Prunable, _efficientnet_blocks.InvertedResidual):
 
 
 class PrunableConvNeXtBlock(Prunable, convnext.ConvNeXtBlock):
-    """Depthwise 7x7-LN-fc1-GELU-fc2-γ + skip. A dense 7x7 would cost 5.8 times the block: the
+    """Depthwise 7x7-LN-fc1-GELU-fc2-γ + skip. A dense 7x7 would cost 5 to 6 times the block: the
     pruned form is a depthwise conv (at first the block's own), a BatchNorm, and one 1x1 conv."""
     timm_class = convnext.ConvNeXtBlock
 
@@ -399,16 +399,17 @@ FAMILIES = (PrunableBasicBlock, PrunableInvertedResidual, PrunableConvNeXtBlock,
 
 def make_prunable(model, end_act=None, attention=False):
     """Turns a timm model's blocks prunable, in place. Nothing is pruned yet: the outputs stay the
-    same bits. Until it is fitted or trained, a pruned form is its skip alone.
+    same bits. Until it is fitted or trained, a pruned form is its skip alone, if it has one.
 
     end_act: insert an activation at the end of pruned blocks that have none? None: in CNNs only.
     attention: let the attention of ViT blocks be pruned, too: "blocks.0.attn" is a choice beside
     "blocks.0", the block's MLP. Returns the module paths of the blocks, in running order. UserError
     where there is none. ConvNeXt's pruned form copies a conv: load the weights before."""
     def convert(module, family):
-        module.__class__, module.lam = family, 0.0
+        old, module.__class__, module.lam = set(module.modules()), family, 0.0
         module.prepare(family.end_act_default if end_act is None else end_act)
-        module.pruned.train(module.training)
+        for new in set(module.modules()) - old:
+            new.train(module.training)
 
     for module in list(model.modules()):
         for family in FAMILIES:
@@ -599,10 +600,14 @@ def check_finite(model, what, hint=""):
         raise UserError(f"not all weights of {what} are finite{hint}")
 
 
-def create_model(name, **model_args):
-    """timm.create_model, with UserError for its errors."""
+def create_model(name, model_args, pretrained=False):
+    """timm.create_model, with UserError for its errors. model_args travel in checkpoints: they may
+    name no other files."""
+    bad = [key for key in model_args if "pretrained" in key or "checkpoint" in key]
+    if bad:
+        raise UserError(f"{', '.join(bad)} among the arguments of a model: it may load no files")
     try:
-        return timm.create_model(name, **model_args)
+        return timm.create_model(name, pretrained, **model_args)
     except (TypeError, ValueError, AssertionError, KeyError, RuntimeError) as error:
         raise UserError(f"timm cannot build {name} with {model_args}: {error}") from error
 
@@ -610,10 +615,7 @@ def create_model(name, **model_args):
 def build(checkpoint, baseline=False):
     """The network in a checkpoint, in eval mode: prunable with its subnet set, or merged. Or, if
     asked for, the timm model that was pruned, with its own weights."""
-    bad = [key for key in checkpoint["model_args"] if "pretrained" in key or "checkpoint" in key]
-    if bad:
-        raise UserError(f"{', '.join(bad)} in a checkpoint's model_args: it may load no files")
-    model = create_model(checkpoint["model"], **checkpoint["model_args"])
+    model = create_model(checkpoint["model"], checkpoint["model_args"])
     if not baseline:
         make_prunable(model, checkpoint["end_act"], checkpoint["attention"])
         set_subnet(model, checkpoint.get("prune", ()))
@@ -646,56 +648,6 @@ def at_least(low, kind=int, high=float("inf")):
         return value
     parse.__name__ = kind.__name__  # for argparse's own "invalid int value"
     return parse
-
-
-def start(parser, *inputs, last_output=lambda args: args.out):
-    """How a stage begins: it parses its flags, joins torchrun's processes (only the first of them
-    prints) and, with --resume, goes on with a run that was killed.
-
-    inputs: the flags that name input files, whose content counts for what a run computes.
-    Returns (args, device, state): state is what the killed run left in OUT.last, or None. With it,
-    flags that are not given are those of that run, and others than those are a UserError."""
-    sys.stdout.reconfigure(errors="replace")  # not every terminal knows every class name's letters
-    args, state = parser.parse_args(), None
-    flag = f"--device {args.device}"
-    try:
-        device = torch.empty(0, device=init_distributed_device_so(args.device)["device"]).device
-        flag = "--compile"
-        if getattr(args, "compile", False):
-            torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"{flag} does not work here: {str(error).splitlines()[0]}") from error
-    if processes()[0] > 0:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
-    last, done = args.out + ".last", last_output(args)
-    if getattr(args, "resume", False) and (os.path.exists(last) or os.path.exists(done)):
-        path = last if os.path.exists(last) else done
-        state = (read_subnet if path.endswith(".json") else read_checkpoint)(path)
-        parser.set_defaults(**state["flags"])
-        args = parser.parse_args()
-    elif os.path.exists(last):
-        print(f"{last} is of a run that was killed: --resume would go on with it")
-    files = list(filter(os.path.isfile, [getattr(args, flag) or "" for flag in inputs]))
-    if os.path.realpath(args.out) in map(os.path.realpath, files):
-        raise UserError(f"--out {args.out} is an input, too: give another --out")
-    args.checksums = {name: zlib.crc32(open(name, "rb").read()) for name in files}
-    args.processes = processes()[1]
-    if state:
-        free = ("resume", "device", "workers", "out")  # they do not change what is computed
-        changed = [f"{flag} {old}, now {now}" for flag, old in state["flags"].items()
-                   if flag not in free and (now := getattr(args, flag)) != old]
-        if changed:
-            raise UserError(f"{path} was made with other flags: {'; '.join(changed)}. Give the same"
-                            " ones, or leave out --resume to start again")
-        if path == done:
-            print(f"{done} is finished: nothing to do")
-            sys.exit()
-    folder = os.path.dirname(os.path.abspath(args.out))
-    while not os.path.exists(folder):
-        folder = os.path.dirname(folder)
-    if os.path.isdir(args.out) or not os.access(folder, os.W_OK):
-        raise UserError(f"cannot write {args.out}: give another --out")
-    return args, device, state
 
 
 def processes():
@@ -745,9 +697,9 @@ def replacing(path):
 def finish(out):
     """Removes what only an unfinished run needs: OUT.last, and half-written files."""
     if processes()[0] == 0:
-        for path in (out + ".last", *glob.glob(os.path.join(os.path.dirname(out), "tmp.*.*"))):
-            if path.endswith((".last", os.path.basename(out))) and os.path.exists(path):
-                os.remove(path)
+        half = os.path.join(os.path.dirname(out), f"tmp.*.{os.path.basename(out)}")
+        for path in glob.glob(half) + glob.glob(half + ".last") + glob.glob(out + ".last"):
+            os.remove(path)
 
 
 def save(checkpoint, path):
@@ -778,11 +730,11 @@ def read_checkpoint(path, *stages):
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist: run the stage before, or name its file") from error
     except Exception as error:  # torch.load raises many kinds
-        raise UserError(f"{path} is damaged or no checkpoint: write it again") from error
+        raise UserError(f"{path} is damaged or is not a checkpoint: write it again") from error
     if version != 2:
         raise UserError(f"{path} was written by another version of this project: write it again")
     if stages and stage not in stages:
-        raise UserError(f"{path} holds a {stage}, this needs a {' or '.join(stages)}")
+        raise UserError(f"{path} holds: {stage}. This needs: {' or '.join(stages)}")
     return checkpoint
 
 
@@ -802,6 +754,60 @@ def read_subnet(path, model=None):
     if model not in (None, subnet["model"]):
         raise UserError(f"{path} is for {subnet['model']}, the supernet is a {model}")
     return subnet
+
+
+def start(parser, *inputs, last_output=lambda args: args.out, read=read_checkpoint):
+    """How a stage begins: it parses its flags, joins torchrun's processes (only the first of them
+    prints) and, with --resume, goes on with a run that was killed.
+
+    inputs: the flags that name input files, whose content counts for what a run computes. read:
+    opens the stage's last output. Returns (args, device, state): state is what the killed run left
+    in OUT.last, or None. With it, flags that are not given are those of that run, and others than
+    those are a UserError."""
+    sys.stdout.reconfigure(errors="replace")  # not every terminal knows every class name's letters
+    args, state = parser.parse_args(), None
+    last, done = args.out + ".last", last_output(args)
+    if getattr(args, "resume", False) and (os.path.exists(last) or os.path.exists(done)):
+        path = last if os.path.exists(last) else done
+        state = (read_checkpoint if path == last else read)(path)
+        parser.set_defaults(**state.get("flags", {}))
+        args = parser.parse_args()
+    flag = f"--device {args.device}"
+    try:
+        device = torch.empty(0, device=init_distributed_device_so(args.device)["device"]).device
+        flag = "--compile"
+        if getattr(args, "compile", False):
+            torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"{flag} does not work here: {str(error).splitlines()[0]}") from error
+    if processes()[0] > 0:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    files = list(filter(os.path.isfile, [getattr(args, flag) or "" for flag in inputs]))
+    if os.path.realpath(args.out) in map(os.path.realpath, files):
+        raise UserError(f"--out {args.out} is an input, too: give another --out")
+    args.checksums = {name: zlib.crc32(open(name, "rb").read()) for name in files}
+    args.processes = processes()[1]
+    if state:
+        if not state.get("flags"):
+            raise UserError(f"{path} was written by hand: leave out --resume to replace it")
+        free = ["resume", "device", "workers", "out"]  # they do not change what is computed
+        free += ["data_dir"] if "supernet" in inputs else []  # later stages know the images
+        changed = [f"{flag} {old}, now {now}" for flag, old in state["flags"].items()
+                   if flag not in free and (now := getattr(args, flag)) != old]
+        if changed:
+            raise UserError(f"{path} was made with other flags: {'; '.join(changed)}. Give the same"
+                            " ones, or leave out --resume to start again")
+        if path == done:
+            print(f"{done} is finished: nothing to do")
+            sys.exit()
+    elif os.path.exists(last):
+        print(f"{last} is of a run that was killed: --resume would go on with it")
+    folder = os.path.dirname(os.path.abspath(args.out))
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    if os.path.isdir(args.out) or not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write {args.out}: give another --out")
+    return args, device, state
 
 
 # ---- what the stages share: images and evaluation ------------------------------------------------
@@ -903,9 +909,9 @@ def make_loader(data, part, batch_size, device, workers=0, limit=None, split=Fal
     indices = torch.arange(len(dataset))
     if part != "val":
         if fingerprint(dataset) != data["fingerprint"]:
-            raise UserError(f"the {len(dataset)} training images in {data['data_dir']} are not the"
-                            f" {data['train_images']} that the supernet was made with, with the"
-                            " same labels: name those with --data-dir")
+            raise UserError(f"{data['data_dir']} does not hold the {data['train_images']} training"
+                            f" images that the supernet was made with, but {len(dataset)}, or other"
+                            " names or labels: give their folder with --data-dir")
         held = torch.isin(indices, data["holdout"])
         indices = indices[held if part == "holdout" else ~held]
     if limit and limit < len(indices):

@@ -1,5 +1,6 @@
 """Blocks and merge: lam = 0 is timm's network bit for bit, lam = 1 is the merged network to float64
 rounding."""
+
 import copy
 import os
 import re
@@ -15,14 +16,41 @@ from timm.models.resnet import BasicBlock, downsample_avg, downsample_conv
 from timm.models.vision_transformer import Attention, Block
 
 import blocks
-from blocks import BatchNorm, UserError, cost, fit, make_prunable, merge, prunable_blocks, recalibrate, set_subnet
+from blocks import (
+    BatchNorm,
+    UserError,
+    cost,
+    fit,
+    make_prunable,
+    merge,
+    prunable_blocks,
+    recalibrate,
+    set_subnet,
+)
 
 VIT32 = {"patch_size": 4, "img_size": 32}
-NETWORKS = [("resnet34", {}), ("mobilenetv2_100", {}), ("convnext_tiny", {}), ("deit_tiny_patch16_224", VIT32)]
-SMALL = [("test_resnet", {}), ("mobilenetv2_035", {}), ("test_convnext", {}), ("test_vit", {"img_size": 32}),
-         ("resnet18d", {}), ("mobilenetv3_small_050", {}), ("efficientnet_lite0", {}), ("tf_efficientnet_lite0", {}),
-         ("convnext_atto", {"conv_mlp": True}), ("test_vit2", {"img_size": 32}), ("seresnet18", {}), ("efficientnet_b0", {}),
-         ("convnextv2_atto", {}), ("naflexvit_base_patch16_gap", {"embed_dim": 48, "num_heads": 3, "depth": 3})]
+NETWORKS = [
+    ("resnet34", {}),
+    ("mobilenetv2_100", {}),
+    ("convnext_tiny", {}),
+    ("deit_tiny_patch16_224", VIT32),
+]
+SMALL = [
+    ("test_resnet", {}),
+    ("mobilenetv2_035", {}),
+    ("test_convnext", {}),
+    ("test_vit", {"img_size": 32}),
+    ("resnet18d", {}),
+    ("mobilenetv3_small_050", {}),
+    ("efficientnet_lite0", {}),
+    ("tf_efficientnet_lite0", {}),
+    ("convnext_atto", {"conv_mlp": True}),
+    ("test_vit2", {"img_size": 32}),
+    ("seresnet18", {}),
+    ("efficientnet_b0", {}),
+    ("convnextv2_atto", {}),
+    ("naflexvit_base_patch16_gap", {"embed_dim": 48, "num_heads": 3, "depth": 3}),
+]
 
 
 def create(name, model_args):
@@ -31,7 +59,9 @@ def create(name, model_args):
 
 
 def images(size, count=4):
-    return torch.randn(count, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(size))
+    return torch.randn(
+        count, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(size)
+    )
 
 
 @torch.no_grad()
@@ -51,8 +81,12 @@ def randomise(model, batch, strength=1.0):
     recalibrate(model, [batch])
     for module in model.modules():
         if isinstance(module, BatchNorm):
-            module.running_mean += strength / 5 * module.running_var.sqrt() * torch.randn_like(module.running_mean)
-            module.running_var *= torch.empty_like(module.running_var).uniform_(1 - strength / 3, 1 + strength / 3)
+            module.running_mean += (
+                strength / 5 * module.running_var.sqrt() * torch.randn_like(module.running_mean)
+            )
+            module.running_var *= torch.empty_like(module.running_var).uniform_(
+                1 - strength / 3, 1 + strength / 3
+            )
 
 
 @torch.no_grad()
@@ -67,18 +101,26 @@ def check_network(name, model_args, chosen, sizes, strength=1.0):
     model = create(name, model_args)
     names = make_prunable(model)
     set_subnet(model, chosen(names))
-    for size in (32,) if {"img_size", "num_heads"} & model_args.keys() else sizes:  # patches have to fit
+    for size in (
+        (32,) if {"img_size", "num_heads"} & model_args.keys() else sizes
+    ):  # patches have to fit
         randomise(model, images(size, 16), strength)
         merged = merge(model)
         assert_same(model, merged, images(size))
-    assert not any(isinstance(module, (blocks.Prunable, nn.BatchNorm2d)) for module in merged.modules())
+    assert not any(
+        isinstance(module, (blocks.Prunable, nn.BatchNorm2d)) for module in merged.modules()
+    )
     return model
 
 
 @pytest.mark.parametrize("share", ["all", "half", "none"])
 @pytest.mark.parametrize("name, model_args", NETWORKS, ids=[name for name, _ in NETWORKS])
 def test_merged_network_is_the_trained_one(name, model_args, share):
-    chosen = {"all": lambda names: names, "half": lambda names: names[::2], "none": lambda names: []}[share]
+    chosen = {
+        "all": lambda names: names,
+        "half": lambda names: names[::2],
+        "none": lambda names: [],
+    }[share]
     model = check_network(name, model_args, chosen, (32, 33, 47))
     # In float32 less random: a deep net with BN parameters that wild amplifies its own rounding errors beyond the bound.
     batch = images(model_args.get("img_size", 47), 16)
@@ -91,7 +133,9 @@ def test_merged_network_is_the_trained_one(name, model_args, share):
 
 @pytest.mark.parametrize("name, model_args", SMALL, ids=[name for name, _ in SMALL])
 def test_other_networks_of_the_families(name, model_args):
-    strength = 0.5 if name == "efficientnet_b0" else 1.0  # at 1 its logits, and their rounding errors, are in the thousands
+    strength = (
+        0.5 if name == "efficientnet_b0" else 1.0
+    )  # at 1 its logits, and their rounding errors, are in the thousands
     check_network(name, model_args, lambda names: names, (32, 33), strength)
 
 
@@ -103,7 +147,9 @@ def test_merged_network_is_a_plain_module(name, model_args):
     set_subnet(model, make_prunable(model)[::2])
     randomise(model, batch, strength=0.2)
     merged, other = merge(model).float(), create(name, model_args).float()
-    assert not any("pruned" in key or "end_act" in key or "num_batches" in key for key in merged.state_dict())
+    assert not any(
+        "pruned" in key or "end_act" in key or "num_batches" in key for key in merged.state_dict()
+    )
     kinds = {type(module) for module in merged.modules() if not list(module.children())}
     assert all(kind.__module__.startswith(("torch.nn.", "timm.layers.")) for kind in kinds), kinds
     set_subnet(other, make_prunable(other)[::2])
@@ -112,12 +158,20 @@ def test_merged_network_is_a_plain_module(name, model_args):
     assert torch.equal(other(batch.float()), merged(batch.float()))
     merged.double()  # in float32 rounding errors of random weights are larger than some bounds
     expected = merged(batch)
-    for ours in (copy.deepcopy(merged).to(memory_format=torch.channels_last),
-                 torch.compile(merged, backend="aot_eager")):
+    for ours in (
+        copy.deepcopy(merged).to(memory_format=torch.channels_last),
+        torch.compile(merged, backend="aot_eager"),
+    ):
         assert (ours(batch) - expected).abs().max() <= 1e-10
     batch, expected = batch.float(), merged.float()(batch.float())
-    for dtype in (torch.bfloat16, torch.half):  # random weights amplify rounding errors: those of the unmerged net are the measure
-        errors = [(network.to(dtype)(batch.to(dtype)).float() - expected).norm() for network in (merged, model)]
+    for dtype in (
+        torch.bfloat16,
+        torch.half,
+    ):  # random weights amplify rounding errors: those of the unmerged net are the measure
+        errors = [
+            (network.to(dtype)(batch.to(dtype)).float() - expected).norm()
+            for network in (merged, model)
+        ]
         assert errors[0] <= 1.5 * errors[1] + 0.01 * expected.norm()
 
 
@@ -125,7 +179,7 @@ def test_every_timm_model_of_the_families(request, capsys):
     """With up to 30 M parameters: every other prunable block pruned, merged, the whole network compared. What is left out
     either has no such block or is named. Without --run-slow every fortieth name."""
     errors, refused = {}, []
-    for name in timm.list_models()[::1 if request.config.getoption("--run-slow") else 40]:
+    for name in timm.list_models()[:: 1 if request.config.getoption("--run-slow") else 40]:
         with torch.device("meta"):
             model = timm.create_model(name)
         if sum(p.numel() for p in model.parameters()) > 30e6:
@@ -146,18 +200,29 @@ def test_every_timm_model_of_the_families(request, capsys):
         with torch.no_grad():
             expected = model(batch)
             error = (merge(model)(batch) - expected).abs().max() / expected.abs().max().clamp(min=1)
-        errors.setdefault(type(prunable_blocks(model)[names[0]]).timm_class.__name__, {})[name] = error.item()
+        errors.setdefault(type(prunable_blocks(model)[names[0]]).timm_class.__name__, {})[name] = (
+            error.item()
+        )
     with capsys.disabled():
         for family, of_family in errors.items():
-            print(f"\n{family}: {len(of_family)} timm models, worst error {max(of_family.values()):.1e}", end="")
+            print(
+                f"\n{family}: {len(of_family)} timm models, worst error {max(of_family.values()):.1e}",
+                end="",
+            )
         print(*(f"\nrefused: {text.split(': use')[0]}" for text in refused), sep="")
-    assert len(errors) >= 3 and not {name: e for part in errors.values() for name, e in part.items() if not e <= 1e-10}
+    assert len(errors) >= 3 and not {
+        name: e for part in errors.values() for name, e in part.items() if not e <= 1e-10
+    }
 
 
 @pytest.mark.parametrize("choice", "ABDF")
 def test_choices_of_blocks_by_depthshrinker(choice):
     """Fu et al., "DepthShrinker", ICML 2022: which inverted residuals of MobileNetV2-1.4 stay as they are."""
-    spec = blocks.read_subnet(os.path.join(os.path.dirname(__file__), "benchmarks", "specs", f"depthshrinker-{choice}.json"))
+    spec = blocks.read_subnet(
+        os.path.join(
+            os.path.dirname(__file__), "benchmarks", "specs", f"depthshrinker-{choice}.json"
+        )
+    )
     check_network(spec["model"], {}, lambda names: spec["prune"], (33,))
 
 
@@ -173,9 +238,13 @@ BLOCKS = {
     "basic, wider": lambda: BasicBlock(8, 12, downsample=downsample("conv", 1)),
     "basic, resnet-d": lambda: BasicBlock(8, 12, stride=2, downsample=downsample("avg", 2)),
     "inverted": lambda: InvertedResidual(8, 8, exp_ratio=6, act_layer=nn.ReLU6),
-    "inverted, stride 2": lambda: InvertedResidual(8, 12, stride=2, exp_ratio=6, act_layer=nn.ReLU6),
+    "inverted, stride 2": lambda: InvertedResidual(
+        8, 12, stride=2, exp_ratio=6, act_layer=nn.ReLU6
+    ),
     "inverted, no skip": lambda: InvertedResidual(8, 8, exp_ratio=6, noskip=True),
-    "inverted, 5x5 stride 2": lambda: InvertedResidual(8, 8, dw_kernel_size=5, stride=2, exp_ratio=6),
+    "inverted, 5x5 stride 2": lambda: InvertedResidual(
+        8, 8, dw_kernel_size=5, stride=2, exp_ratio=6
+    ),
     "inverted, TF padding": lambda: InvertedResidual(8, 12, stride=2, exp_ratio=6, pad_type="same"),
     "convnext": lambda: ConvNeXtBlock(8, ls_init_value=1.0),
     "convnext, conv mlp": lambda: ConvNeXtBlock(8, conv_mlp=True, ls_init_value=None),
@@ -206,7 +275,11 @@ def test_merged_block_is_the_trained_one(kind, end_act):
 @pytest.mark.parametrize("init_values", [None, 0.3])
 def test_merged_vit_block_is_the_trained_one(end_act, init_values):
     torch.manual_seed(0)
-    model = nn.Sequential(Block(16, 2, qkv_bias=True, qk_norm=True, init_values=init_values)).double().eval()
+    model = (
+        nn.Sequential(Block(16, 2, qkv_bias=True, qk_norm=True, init_values=init_values))
+        .double()
+        .eval()
+    )
     make_prunable(model, end_act)
     set_subnet(model, ["0"])
     tokens = torch.randn(4, 17, 16, dtype=torch.float64)
@@ -217,10 +290,21 @@ def test_merged_vit_block_is_the_trained_one(end_act, init_values):
 @torch.no_grad()
 def test_attention_is_a_choice_of_its_own():
     """With attention=True: a block's MLP, its attention or both. Exact, additive in cost, fitted by least squares."""
-    theirs, batch = create("deit_tiny_patch16_224", {**VIT32, "depth": 4}), images(32, 16) + 3 * images(1, 16)
+    theirs, batch = (
+        create("deit_tiny_patch16_224", {**VIT32, "depth": 4}),
+        images(32, 16) + 3 * images(1, 16),
+    )
     model = copy.deepcopy(theirs)
     names = make_prunable(model, attention=True)
-    assert names == ["blocks.0.attn", "blocks.0", "blocks.1.attn", "blocks.1", "blocks.2.attn", "blocks.2", "blocks.3"]
+    assert names == [
+        "blocks.0.attn",
+        "blocks.0",
+        "blocks.1.attn",
+        "blocks.1",
+        "blocks.2.attn",
+        "blocks.2",
+        "blocks.3",
+    ]
     assert torch.equal(model(batch), theirs(batch))
     costs = {}
     for chosen in [[], *([name] for name in names), names[:2], names[1:4], names]:
@@ -229,7 +313,9 @@ def test_attention_is_a_choice_of_its_own():
         merged = merge(model)
         assert_same(model, merged, batch)
         costs[tuple(chosen)] = cost(merged, (3, 32, 32))
-        assert sum(isinstance(module, Attention) for module in merged.modules()) == 4 - sum("attn" in name for name in chosen)
+        assert sum(isinstance(module, Attention) for module in merged.modules()) == 4 - sum(
+            "attn" in name for name in chosen
+        )
     for key in ("params", "macs"):
         savings = [costs[()][key] - costs[name,][key] for name in names]
         assert min(savings) > 0 and costs[()][key] - sum(savings) == costs[tuple(names)][key]
@@ -239,7 +325,9 @@ def test_attention_is_a_choice_of_its_own():
 
     set_subnet(model, [])
     expected, seen = model(batch), []
-    model.blocks[1].attn.register_forward_hook(lambda attn, args, output: seen.append((*args, output)))
+    model.blocks[1].attn.register_forward_hook(
+        lambda attn, args, output: seen.append((*args, output))
+    )
     model(batch)
     inputs, outputs = (rows.flatten(0, 1) for rows in seen[0])
     inputs = nn.functional.pad(inputs, (0, 1), value=1.0)
@@ -248,7 +336,9 @@ def test_attention_is_a_choice_of_its_own():
     set_subnet(model, ["blocks.1.attn"])
     model(batch)
     best = inputs @ torch.linalg.lstsq(inputs, outputs).solution
-    torch.testing.assert_close(seen[-1][1].flatten(0, 1), best, rtol=0, atol=1e-6 * best.std().item())
+    torch.testing.assert_close(
+        seen[-1][1].flatten(0, 1), best, rtol=0, atol=1e-6 * best.std().item()
+    )
     with pytest.raises(UserError, match="ResNet has no attention that could be pruned"):
         make_prunable(create("test_resnet", {}), attention=True)
 
@@ -281,7 +371,10 @@ def test_fit_is_least_squares(kind):
     batch = torch.randn(24, *((17, 8) if kind == "vit" else (8, 9, 9)), dtype=torch.float64)
     randomise(model, batch)
     expected = model(batch)
-    inputs, outputs = block.linear_inputs(batch), blocks.pixel_rows(block.linear_part(batch) - block.skip_part(batch))
+    inputs, outputs = (
+        block.linear_inputs(batch),
+        blocks.pixel_rows(block.linear_part(batch) - block.skip_part(batch)),
+    )
     inputs = nn.functional.pad(inputs, (0, 1), value=1.0)
     best = (inputs @ torch.linalg.lstsq(inputs, outputs).solution - outputs).square().mean()
     for batches in ([batch], batch.split(5)):
@@ -348,8 +441,15 @@ def test_lam_is_continuous(name, model_args):
     assert (outputs[1] - outputs[0]).abs().max() > 1e-2 * scale
 
 
-@pytest.mark.parametrize("name, gmacs", [("resnet34", 3.664), ("mobilenetv2_100", 0.301), ("convnext_tiny", 4.456),
-                                         ("deit_tiny_patch16_224", 1.254)])
+@pytest.mark.parametrize(
+    "name, gmacs",
+    [
+        ("resnet34", 3.664),
+        ("mobilenetv2_100", 0.301),
+        ("convnext_tiny", 4.456),
+        ("deit_tiny_patch16_224", 1.254),
+    ],
+)
 def test_cost_is_that_of_the_merged_network(name, gmacs):
     model = timm.create_model(name).to("meta")
     baseline = cost(model, (3, 224, 224))
@@ -368,8 +468,12 @@ def test_cost_is_that_of_the_merged_network(name, gmacs):
 
 
 def test_cost_where_a_parameter_is_an_input():
-    vit = timm.create_model("vit_base_patch16_siglip_224", **VIT32, embed_dim=48, num_heads=3, depth=1)  # pools by attention
-    assert cost(vit, (3, 32, 32))["macs"] > 0 and all(parameter.requires_grad for parameter in vit.parameters())
+    vit = timm.create_model(
+        "vit_base_patch16_siglip_224", **VIT32, embed_dim=48, num_heads=3, depth=1
+    )  # pools by attention
+    assert cost(vit, (3, 32, 32))["macs"] > 0 and all(
+        parameter.requires_grad for parameter in vit.parameters()
+    )
 
 
 def test_recalibration_forgets_what_was_before():
@@ -401,7 +505,9 @@ def test_recalibration_takes_what_it_gets():
 
 
 def test_dropout_and_drop_path_are_off_while_recalibrating():
-    model = timm.create_model("test_vit", img_size=32, drop_path_rate=0.5, proj_drop_rate=0.5).double()
+    model = timm.create_model(
+        "test_vit", img_size=32, drop_path_rate=0.5, proj_drop_rate=0.5
+    ).double()
     names = make_prunable(model)
     set_subnet(model, names)
     recalibrate(model, [images(32)])
@@ -423,7 +529,9 @@ def test_merge_leaves_the_model_alone():
     set_subnet(model, names)
     before = copy.deepcopy(model.state_dict())
     merged = merge(model)
-    assert model.training and not merged.training and next(merged.parameters()).dtype == torch.float32
+    assert (
+        model.training and not merged.training and next(merged.parameters()).dtype == torch.float32
+    )
     assert list(prunable_blocks(model)) == names
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
@@ -453,7 +561,9 @@ def test_the_new_layers_are_in_the_mode_of_the_model(train):
 def test_unknown_blocks_are_named():
     model = create("test_resnet", {})
     make_prunable(model)
-    with pytest.raises(UserError, match="no prunable block layer3.0; this model has layer1.0, layer2.0, layer4.0"):
+    with pytest.raises(
+        UserError, match="no prunable block layer3.0; this model has layer1.0, layer2.0, layer4.0"
+    ):
         set_subnet(model, ["layer1.0", "layer3.0"])
 
 
@@ -461,11 +571,18 @@ def test_blocks_that_cannot_merge_are_named_and_the_others_stay_prunable():
     model = timm.create_model("resnet18", aa_layer=timm.layers.BlurPool2d)
     names = make_prunable(model)
     assert len(names) == 5 and "layer2.0" not in names
-    with pytest.raises(UserError, match="no prunable block layer2.0; anti-aliasing inside: layer2.0; this model has layer1.0"):
+    with pytest.raises(
+        UserError,
+        match="no prunable block layer2.0; anti-aliasing inside: layer2.0; this model has layer1.0",
+    ):
         set_subnet(model, ["layer2.0"])
-    with pytest.raises(UserError, match=r"inside \(mixed, conditional, space-to-depth\): blocks.1.0, blocks.1.1"):
+    with pytest.raises(
+        UserError, match=r"inside \(mixed, conditional, space-to-depth\): blocks.1.0, blocks.1.1"
+    ):
         make_prunable(timm.create_model("mixnet_s"))
-    with pytest.raises(UserError, match="has no prunable block; a dense 5x5 conv would be more expensive: 0: use"):
+    with pytest.raises(
+        UserError, match="has no prunable block; a dense 5x5 conv would be more expensive: 0: use"
+    ):
         make_prunable(nn.Sequential(InvertedResidual(8, 8, dw_kernel_size=5, exp_ratio=2)))
 
 
@@ -480,7 +597,9 @@ def test_the_family_that_the_readme_adds(end_act, monkeypatch):
     nn.init.normal_(model.head.weight)  # timm's are 0
     with torch.no_grad():
         expected = model(images(64))
-        assert make_prunable(model, end_act) == [f"blocks.{i}" for i in range(8)] and torch.equal(model(images(64)), expected)
+        assert make_prunable(model, end_act) == [f"blocks.{i}" for i in range(8)] and torch.equal(
+            model(images(64)), expected
+        )
         set_subnet(model, ["blocks.0", "blocks.2"])
         without = (model(images(64)) - expected).norm()
         fit(model, ["blocks.0", "blocks.2"], [images(64)])
@@ -490,4 +609,7 @@ def test_the_family_that_the_readme_adds(end_act, monkeypatch):
         randomise(model, images(64, 16))
     merged = merge(model)
     assert_same(model, merged, images(64))
-    assert cost(merged, (3, 64, 64))["macs"] < cost(timm.create_model("mixer_s32_224", img_size=64), (3, 64, 64))["macs"]
+    assert (
+        cost(merged, (3, 64, 64))["macs"]
+        < cost(timm.create_model("mixer_s32_224", img_size=64), (3, 64, 64))["macs"]
+    )

@@ -1,4 +1,5 @@
 """Stage 2: budgets, scores, latencies."""
+
 import csv
 import importlib
 import itertools
@@ -16,17 +17,36 @@ from blocks import UserError, evaluate, fit, make_prunable, prunable_blocks, rec
 
 search_script = importlib.import_module("2_search")
 NAMES = list("abcdef")
-SAVINGS = {name: {"macs": 10 + i, "params": value} for i, (name, value) in enumerate(zip(NAMES, (12, -9, 7, 0, 8, 5)))}
+SAVINGS = {
+    name: {"macs": 10 + i, "params": value}
+    for i, (name, value) in enumerate(zip(NAMES, (12, -9, 7, 0, 8, 5)))
+}
 WHOLE = {"macs": 100, "params": 100}
 
 
-@pytest.mark.parametrize("kind, value", [("prune", 3), ("macs", 0.5), ("params", 0.7), ("params", 0.68), ("params", 1.0),
-                                         ("macs", 0.25)])
+@pytest.mark.parametrize(
+    "kind, value",
+    [
+        ("prune", 3),
+        ("macs", 0.5),
+        ("params", 0.7),
+        ("params", 0.68),
+        ("params", 1.0),
+        ("macs", 0.25),
+    ],
+)
 def test_budgets(kind, value):
     fits, repair, every = search_script.make_budget(kind, value, NAMES, WHOLE, WHOLE, SAVINGS)
     subsets = [frozenset(c) for k in range(7) for c in itertools.combinations(NAMES, k)]
-    right = {c for c in subsets if (len(c) == value if kind == "prune" else
-                                    WHOLE[kind] - sum(SAVINGS[name][kind] for name in c) <= value * WHOLE[kind])}
+    right = {
+        c
+        for c in subsets
+        if (
+            len(c) == value
+            if kind == "prune"
+            else WHOLE[kind] - sum(SAVINGS[name][kind] for name in c) <= value * WHOLE[kind]
+        )
+    }
     assert {c for c in subsets if fits(c)} == right
     listed = list(every())
     assert len(listed) == len(right) and set(listed) == right
@@ -38,25 +58,37 @@ def test_budgets(kind, value):
 
 
 def test_a_budget_that_nothing_meets():
-    with pytest.raises(UserError, match="merged subnets have 0.6800 to 1.0900 of the baseline's params"):
+    with pytest.raises(
+        UserError, match="merged subnets have 0.6800 to 1.0900 of the baseline's params"
+    ):
         search_script.make_budget("params", 0.67, NAMES, WHOLE, WHOLE, SAVINGS)
 
 
 def made_up(candidate):
     """Losses for NAMES with interactions between neighbours."""
     chosen = [name in candidate for name in NAMES]
-    return {"loss": sum(c * (i + 1) for i, c in enumerate(chosen))
-            + 3 * sum(a and b for a, b in zip(chosen, chosen[1:])), "top1": 0.0, "macs": -sum(chosen)}
+    return {
+        "loss": sum(c * (i + 1) for i, c in enumerate(chosen))
+        + 3 * sum(a and b for a, b in zip(chosen, chosen[1:])),
+        "top1": 0.0,
+        "macs": -sum(chosen),
+    }
 
 
 def test_a_small_space_is_scored_completely(capsys):
     budget = search_script.make_budget("prune", 3, NAMES, WHOLE, WHOLE, SAVINGS)
     scores, exact = search_script.search(made_up, budget, NAMES, 6, 4, 0)
-    assert exact and len(scores) == 20 and min(scores, key=lambda c: scores[c]["loss"]) == frozenset("ace")
+    assert (
+        exact
+        and len(scores) == 20
+        and min(scores, key=lambda c: scores[c]["loss"]) == frozenset("ace")
+    )
     assert "20 subnets keep to the budget: scoring all of them" in capsys.readouterr().out
     scores, exact = search_script.search(made_up, budget, NAMES, 4, 3, 0)
     assert not exact and len(scores) == 12 and all(len(c) == 3 for c in scores)
-    scores = {c: made_up(c) for k in range(4) for c in map(frozenset, itertools.combinations(NAMES, k))}
+    scores = {
+        c: made_up(c) for k in range(4) for c in map(frozenset, itertools.combinations(NAMES, k))
+    }
     front = search_script.pareto(scores, "macs")
     assert front == [frozenset(), frozenset("a"), frozenset("ac"), frozenset("ace")]
 
@@ -67,17 +99,31 @@ def test_of_equal_losses_the_cheaper_subnet_wins(capsys):
 
     budget = search_script.make_budget("prune", 2, NAMES, WHOLE, WHOLE, SAVINGS)
     scores, _ = search_script.search(score, budget, NAMES, 6, 4, 0)
-    assert search_script.ranked(scores)[0] == frozenset("ef") == search_script.pareto(scores, "macs")[0]
+    assert (
+        search_script.ranked(scores)[0]
+        == frozenset("ef")
+        == search_script.pareto(scores, "macs")[0]
+    )
     scores[frozenset("ab")]["loss"] = float("nan")
     assert search_script.ranked(scores)[-1] == frozenset("ab")
 
 
 @pytest.mark.parametrize("fits_in_memory", [True, False])
-@pytest.mark.parametrize("name, attention", [("test_resnet", False), ("mobilenetv2_035", False), ("test_convnext", False),
-                                             ("test_vit", False), ("test_vit", True)])
+@pytest.mark.parametrize(
+    "name, attention",
+    [
+        ("test_resnet", False),
+        ("mobilenetv2_035", False),
+        ("test_convnext", False),
+        ("test_vit", False),
+        ("test_vit", True),
+    ],
+)
 def test_scores_are_the_same_bits_in_any_order(name, attention, fits_in_memory):
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=4, **({"img_size": 32} if name == "test_vit" else {}))
+    model = timm.create_model(
+        name, num_classes=4, **({"img_size": 32} if name == "test_vit" else {})
+    )
     names = make_prunable(model, attention=attention)
     fit(model, names, [torch.randn(8, 3, 32, 32)])
     calibration = [torch.randn(4, 3, 32, 32) for _ in range(2)]
@@ -107,7 +153,9 @@ def test_blocks_that_are_the_same_do_not_run_again():
         for conv in (block.conv_dw, block.pruned[0]):  # of one form each
             conv.register_forward_hook(lambda *_, name=name: calls.append(name))
     images = torch.randn(4, 3, 32, 32)
-    score = search_script.make_score(model, names, [images], [(images, torch.zeros(4, dtype=torch.long))])
+    score = search_script.make_score(
+        model, names, [images], [(images, torch.zeros(4, dtype=torch.long))]
+    )
     score(names[:2])
     calls.clear()
     score(names[:3])
@@ -117,20 +165,40 @@ def test_blocks_that_are_the_same_do_not_run_again():
 @one_network
 def test_several_sizes_and_specs_of_ones_own(runs, monkeypatch, tmp_path, capsys):
     flags = ["--supernet", runs / "supernet.pt", "--workers", 0]
-    assert stage(monkeypatch, "2_search.py", *flags, "--prune", 1, 2, 3, "--out", tmp_path / "net.json") is None
+    assert (
+        stage(
+            monkeypatch, "2_search.py", *flags, "--prune", 1, 2, 3, "--out", tmp_path / "net.json"
+        )
+        is None
+    )
     specs = [json.loads((tmp_path / f"net-{k}.json").read_text()) for k in (1, 2, 3)]
-    assert [len(spec["prune"]) for spec in specs] == [1, 2, 3] and all(spec["search"]["optimum"] for spec in specs)
+    assert [len(spec["prune"]) for spec in specs] == [1, 2, 3] and all(
+        spec["search"]["optimum"] for spec in specs
+    )
     with open(tmp_path / "net.search.csv", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
-    assert len(table) == 7 and set(table[0]) == {"prune", "blocks", "loss", "top1", "generation", "params", "macs"}
-    assert {row["prune"]: int(row["macs"]) for row in table}[" ".join(specs[1]["prune"])] == specs[1]["merged"]["macs"]
+    assert len(table) == 7 and set(table[0]) == {
+        "prune",
+        "blocks",
+        "loss",
+        "top1",
+        "generation",
+        "params",
+        "macs",
+    }
+    assert {row["prune"]: int(row["macs"]) for row in table}[" ".join(specs[1]["prune"])] == specs[
+        1
+    ]["merged"]["macs"]
     said = capsys.readouterr().out
     assert "only 20 held-out images: one of them is 5.0 points of top-1" in said
     rows = [line.split() for line in said.split("best trade-offs of macs")[1].splitlines()[2:]]
     assert sorted(row[0] for row in rows) == sorted(map(str, (tmp_path / "net.front").iterdir()))
     for path, _, macs, loss, _ in rows:  # each can go to stage 3 as it is
         front = json.loads(open(path).read())
-        assert f"{front['merged']['macs'] / 1e6:.1f}" == macs and f"{front['search']['loss']:.4f}" == loss
+        assert (
+            f"{front['merged']['macs'] / 1e6:.1f}" == macs
+            and f"{front['search']['loss']:.4f}" == loss
+        )
         assert " ".join(front["prune"]) in {row["prune"] for row in table}
     assert stage(monkeypatch, "2_search.py", *flags, "--prune", 1, "--score", rows[0][0]) == 2
     assert stage(monkeypatch, "2_search.py", *flags, "--score", tmp_path / "net-2.json") is None
@@ -151,11 +219,20 @@ def test_latency_is_measured_once(runs, monkeypatch, tmp_path, capsys):
     checkpoint, path = blocks.read_checkpoint(runs / "supernet.pt"), tmp_path / "latency.json"
     names = list(blocks.prunable_blocks(blocks.build(checkpoint)))
     errors = iter([0.01, 0.01, 0.01, 0.01, 0.01, 0.5, 0.5, 0.01, 0.5, 0.5, 0.5])
-    monkeypatch.setattr(search_script, "measure_blocks", lambda *args: {
-        "baseline": 1.0, "savings": dict.fromkeys(names, 0.04), "error": next(errors)})
+    monkeypatch.setattr(
+        search_script,
+        "measure_blocks",
+        lambda *args: {
+            "baseline": 1.0,
+            "savings": dict.fromkeys(names, 0.04),
+            "error": next(errors),
+        },
+    )
 
     def table():
-        made = search_script.latency_table(str(path), checkpoint, None, names, torch.zeros(2, 3, 32, 32))
+        made = search_script.latency_table(
+            str(path), checkpoint, None, names, torch.zeros(2, 3, 32, 32)
+        )
         return made, capsys.readouterr().out
 
     first, said = table()
@@ -170,11 +247,25 @@ def test_latency_is_measured_once(runs, monkeypatch, tmp_path, capsys):
     assert "too busy" in table()[1] and not path.exists()
 
     path.write_text(json.dumps(first))
-    flags = ["--supernet", runs / "supernet.pt", "--workers", 0, "--latency-batch", 2, "--population", 3, "--generations", 1,
-             "--out", tmp_path / "net.json"]
+    flags = [
+        "--supernet",
+        runs / "supernet.pt",
+        "--workers",
+        0,
+        "--latency-batch",
+        2,
+        "--population",
+        3,
+        "--generations",
+        1,
+        "--out",
+        tmp_path / "net.json",
+    ]
     assert stage(monkeypatch, "2_search.py", *flags, "--latency", 0.8) is None
     assert "latencies of the blocks: from" in capsys.readouterr().out
     found = json.loads((tmp_path / "net.json").read_text())
     assert found["merged"]["latency"] <= 0.8 and len(found["prune"]) >= 5
     assert set(found["search"]["timed_latency"]) == {"baseline", "merged"}
-    assert stage(monkeypatch, "2_search.py", *flags, "--latency", 0.01).startswith("error: --latency 0.01: merged subnets have ")
+    assert stage(monkeypatch, "2_search.py", *flags, "--latency", 0.01).startswith(
+        "error: --latency 0.01: merged subnets have "
+    )

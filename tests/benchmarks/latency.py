@@ -1,8 +1,9 @@
 """How well stage 2's table predicts latency: random subnets, predicted and timed as merged networks.
 
-    python tests/benchmarks/benchmarks/latency.py                       # four networks, 224 px, batch 1 and 16
-    python tests/benchmarks/benchmarks/latency.py --models resnet18 --batch-sizes 8 --device cuda
+python tests/benchmarks/latency.py                       # four networks, 224 px, batch 1 and 16
+python tests/benchmarks/latency.py --models resnet18 --batch-sizes 8 --device cuda
 """
+
 import argparse
 import importlib
 import os
@@ -18,7 +19,11 @@ from blocks import latencies, make_prunable  # noqa: E402
 
 search = importlib.import_module("2_search")
 parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-parser.add_argument("--models", nargs="+", default=["resnet34", "mobilenetv2_100", "convnext_tiny", "deit_tiny_patch16_224"])
+parser.add_argument(
+    "--models",
+    nargs="+",
+    default=["resnet34", "mobilenetv2_100", "convnext_tiny", "deit_tiny_patch16_224"],
+)
 parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16])
 parser.add_argument("--subnets", type=int, default=20)
 parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -26,28 +31,36 @@ parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else
 
 def kendall(a, b):
     """Kendall's tau of two lists without ties: (concordant - discordant) / all pairs."""
-    pairs = [(x - u) * (y - v) for i, (x, y) in enumerate(zip(a, b)) for u, v in list(zip(a, b))[:i]]
+    pairs = [
+        (x - u) * (y - v) for i, (x, y) in enumerate(zip(a, b)) for u, v in list(zip(a, b))[:i]
+    ]
     return sum((p > 0) - (p < 0) for p in pairs) / len(pairs)
 
 
 def spearman(a, b):
     """Spearman's rank correlation of two lists without ties."""
+
     def ranks(values):
         return [float(sorted(values).index(value)) for value in values]
+
     return statistics.correlation(ranks(a), ranks(b))
 
 
 def main():
     args = parser.parse_args()
     device = torch.device(args.device)
-    print(f"{args.subnets} random subnets each, {device.type}, {torch.get_num_threads()} threads, torch {torch.__version__};"
-          " share of the latency of the baseline with its BN folded")
+    print(
+        f"{args.subnets} random subnets each, {device.type}, {torch.get_num_threads()} threads, torch {torch.__version__};"
+        " share of the latency of the baseline with its BN folded"
+    )
     for name in args.models:
         for batch in args.batch_sizes:
             torch.manual_seed(0)
             model, rng = timm.create_model(name), random.Random(1)
             blocks = make_prunable(model)
-            images = torch.randn(batch, 3, 224, 224, device=device).to(memory_format=torch.channels_last)
+            images = torch.randn(batch, 3, 224, 224, device=device).to(
+                memory_format=torch.channels_last
+            )
             table = search.measure_blocks(model, blocks, images)
 
             def predicted(subnet):
@@ -59,13 +72,19 @@ def main():
             # three networks at a time, in turn with the baseline: the machine's mood changes over minutes
             timed, share = [], [predicted(subnet) / predicted(()) for subnet in subnets[1:]]
             for i in range(1, len(subnets), 3):
-                networks = [search.merged_on(model, subnet, device) for subnet in subnets[:1] + subnets[i:i + 3]]
+                networks = [
+                    search.merged_on(model, subnet, device)
+                    for subnet in subnets[:1] + subnets[i : i + 3]
+                ]
                 seconds = latencies(networks, images)[:, 1]
                 timed += [t / seconds[0] for t in seconds[1:]]
             errors = [abs(p / t - 1) for p, t in zip(share, timed)]
-            print(f"{name:24} batch {batch:3}   baseline {predicted(()) * 1e3:7.1f} ms   shares {min(timed):.2f} to {max(timed):.2f}"
-                  f"   error: median {statistics.median(errors):.1%}, worst {max(errors):.1%}"
-                  f"   rank correlation {spearman(share, timed):.3f}", flush=True)
+            print(
+                f"{name:24} batch {batch:3}   baseline {predicted(()) * 1e3:7.1f} ms   shares {min(timed):.2f} to {max(timed):.2f}"
+                f"   error: median {statistics.median(errors):.1%}, worst {max(errors):.1%}"
+                f"   rank correlation {spearman(share, timed):.3f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

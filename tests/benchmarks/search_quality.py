@@ -8,6 +8,7 @@ The first scores all subnets with --prune blocks and ranks what the genetic sear
 with as many evaluations. --train runs stage 3 on random subnets and compares its top-1 with their scores in the supernet;
 flags that this script does not know go to stage 3.
 """
+
 import argparse
 import importlib
 import json
@@ -24,20 +25,40 @@ from latency import kendall
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
-from blocks import (build, evaluate, make_loader, prunable_blocks, read_checkpoint,  # noqa: E402
-                    recalibrate, set_subnet)
+from blocks import (
+    build,
+    evaluate,
+    make_loader,
+    prunable_blocks,
+    read_checkpoint,  # noqa: E402
+    recalibrate,
+    set_subnet,
+)
 
 stage2 = importlib.import_module("2_search")
 parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-parser.add_argument("--supernet", nargs="+", default=["runs/supernet.pt"], help="with --train, scores of all of them are compared")
+parser.add_argument(
+    "--supernet",
+    nargs="+",
+    default=["runs/supernet.pt"],
+    help="with --train, scores of all of them are compared",
+)
 parser.add_argument("--prune", type=int, default=6, help="blocks to prune")
 parser.add_argument("--population", type=int, default=16)
-parser.add_argument("--share", type=float, default=0.2, help="largest share of the space that a search may score")
+parser.add_argument(
+    "--share", type=float, default=0.2, help="largest share of the space that a search may score"
+)
 parser.add_argument("--seeds", type=int, default=5)
-parser.add_argument("--train", type=int, metavar="N", help="run stage 3 on N random subnets instead")
+parser.add_argument(
+    "--train", type=int, metavar="N", help="run stage 3 on N random subnets instead"
+)
 parser.add_argument("--any-size", action="store_true", help="of any size instead of --prune")
 parser.add_argument("--epochs", default="4", help="of stage 3")
-parser.add_argument("--out", default="runs/ranking", help="folder for what stage 3 writes; goes on where it was stopped")
+parser.add_argument(
+    "--out",
+    default="runs/ranking",
+    help="folder for what stage 3 writes; goes on where it was stopped",
+)
 
 
 def search_quality(args, score, blocks, from_scratch):
@@ -46,27 +67,47 @@ def search_quality(args, score, blocks, from_scratch):
     started = time.time()
     table = {candidate: score(candidate) for candidate in space}
     speeds = [len(space) / (time.time() - started)]
-    for function, some in ((score, random.Random(0).sample(space, 20)), (from_scratch, space[::len(space) // 20])):
+    for function, some in (
+        (score, random.Random(0).sample(space, 20)),
+        (from_scratch, space[:: len(space) // 20]),
+    ):
         started = time.time()
-        assert all(function(candidate) == table[candidate] for candidate in some)  # the same bits in any order
+        assert all(
+            function(candidate) == table[candidate] for candidate in some
+        )  # the same bits in any order
         speeds.append(len(some) / (time.time() - started))
-    print(f"{len(space)} subnets of {args.prune} of {len(blocks)} blocks; subnets/s: all, sorted {speeds[0]:.2f}, at random"
-          f" {speeds[1]:.2f}; recalibrated and evaluated from scratch, images read again, {speeds[2]:.2f}")
+    print(
+        f"{len(space)} subnets of {args.prune} of {len(blocks)} blocks; subnets/s: all, sorted {speeds[0]:.2f}, at random"
+        f" {speeds[1]:.2f}; recalibrated and evaluated from scratch, images read again, {speeds[2]:.2f}"
+    )
     ranked = sorted(space, key=lambda c: (table[c]["loss"], sorted(c)))
     generations = int(args.share * len(space)) // args.population
     print("seed  scored   rank of the search's pick   rank of random search's pick (mean of 100)")
     for seed in range(args.seeds):
         silence, sys.stdout = sys.stdout, open(os.devnull, "w", encoding="utf-8")
         scores, exact = stage2.search(
-            lambda candidate: {**table[candidate], "macs": 0}, budget, blocks, args.population, generations, seed)
+            lambda candidate: {**table[candidate], "macs": 0},
+            budget,
+            blocks,
+            args.population,
+            generations,
+            seed,
+        )
         sys.stdout = silence
         assert not exact
         rank = ranked.index(min(scores, key=lambda c: (scores[c]["loss"], sorted(c)))) + 1
         rng = random.Random(seed)
-        others = statistics.mean(min(map(ranked.index, rng.sample(space, len(scores)))) + 1 for _ in range(100))
-        print(f"{seed:4}  {len(scores):6}   {rank:4} (best {rank / len(space):.2%})   {others:.1f} ({others / len(space):.2%})", flush=True)
+        others = statistics.mean(
+            min(map(ranked.index, rng.sample(space, len(scores)))) + 1 for _ in range(100)
+        )
+        print(
+            f"{seed:4}  {len(scores):6}   {rank:4} (best {rank / len(space):.2%})   {others:.1f} ({others / len(space):.2%})",
+            flush=True,
+        )
     best, worst = table[ranked[0]], table[ranked[-1]]
-    print(f"loss from {best['loss']:.4f} to {worst['loss']:.4f}, top-1 of those {best['top1']:.2f} and {worst['top1']:.2f} %")
+    print(
+        f"loss from {best['loss']:.4f} to {worst['loss']:.4f}, top-1 of those {best['top1']:.2f} and {worst['top1']:.2f} %"
+    )
 
 
 def ranking(args, scores, blocks, checkpoint):
@@ -78,20 +119,47 @@ def ranking(args, scores, blocks, checkpoint):
         path = os.path.join(args.out, f"{'any' if args.any_size else size}-{i}")
         with open(path + ".json", "w", encoding="utf-8") as file:
             json.dump({"format": 1, "model": checkpoint["model"], "prune": prune}, file)
-        subprocess.run([sys.executable, os.path.join(ROOT, "3_progressive.py"), "--supernet", args.supernet[0], "--subnet",
-                        path + ".json", "--epochs", args.epochs, "--workers", "1", "--resume", *args.stage3, "--out", path + ".pt"],
-                       check=True)
-        top1, results = read_checkpoint(path + ".pt")["subnet"]["top1"], [score(frozenset(prune)) for score in scores]
+        subprocess.run(
+            [
+                sys.executable,
+                os.path.join(ROOT, "3_progressive.py"),
+                "--supernet",
+                args.supernet[0],
+                "--subnet",
+                path + ".json",
+                "--epochs",
+                args.epochs,
+                "--workers",
+                "1",
+                "--resume",
+                *args.stage3,
+                "--out",
+                path + ".pt",
+            ],
+            check=True,
+        )
+        top1, results = (
+            read_checkpoint(path + ".pt")["subnet"]["top1"],
+            [score(frozenset(prune)) for score in scores],
+        )
         rows.append((top1, size, results))
-        print(f"{i:3}  {size:2} pruned   supernet: " + "; ".join(f"loss {r['loss']:.4f}, top-1 {r['top1']:.2f} %" for r in results)
-              + f"   after stage 3 {top1:.2f} %   {' '.join(prune)}", flush=True)
+        print(
+            f"{i:3}  {size:2} pruned   supernet: "
+            + "; ".join(f"loss {r['loss']:.4f}, top-1 {r['top1']:.2f} %" for r in results)
+            + f"   after stage 3 {top1:.2f} %   {' '.join(prune)}",
+            flush=True,
+        )
     n, (trained, sizes, results) = len(rows), zip(*rows)
-    print(f"Kendall's tau with top-1 after {args.epochs} epochs of stage 3, {n} subnets: of the number of blocks kept"
-          f" {-kendall(sizes, trained):.2f} (standard deviation if there were no relation:"
-          f" {math.sqrt(2 * (2 * n + 5) / (9 * n * (n - 1))):.2f})")
+    print(
+        f"Kendall's tau with top-1 after {args.epochs} epochs of stage 3, {n} subnets: of the number of blocks kept"
+        f" {-kendall(sizes, trained):.2f} (standard deviation if there were no relation:"
+        f" {math.sqrt(2 * (2 * n + 5) / (9 * n * (n - 1))):.2f})"
+    )
     for name, column in zip(args.supernet, zip(*results)):
-        print(f"of {name}'s loss {-kendall([r['loss'] for r in column], trained):.2f},"
-              f" of its top-1 {kendall([r['top1'] for r in column], trained):.2f}")
+        print(
+            f"of {name}'s loss {-kendall([r['loss'] for r in column], trained):.2f},"
+            f" of its top-1 {kendall([r['top1'] for r in column], trained):.2f}"
+        )
 
 
 def main():
@@ -111,8 +179,15 @@ def main():
         return evaluate(plain, images("holdout", 2000))
 
     calibration, held_out = [batch for batch, _ in images("train", 512)], images("holdout", 2000)
-    scores = [stage2.make_score(build(read_checkpoint(path)).to(memory_format=torch.channels_last), blocks, calibration, held_out)
-              for path in args.supernet]
+    scores = [
+        stage2.make_score(
+            build(read_checkpoint(path)).to(memory_format=torch.channels_last),
+            blocks,
+            calibration,
+            held_out,
+        )
+        for path in args.supernet
+    ]
     if args.train:
         ranking(args, scores, blocks, checkpoint)
     else:

@@ -6,6 +6,7 @@
 Stage 3 with nothing pruned (lam = 0) and with everything pruned (lam = 1) does one pass per step like the plain loop; stage 1
 does a forward and backward pass for each of its subnets.
 """
+
 import argparse
 import copy
 import csv
@@ -26,14 +27,23 @@ from blocks import compile_blocks, make_loader, make_prunable  # noqa: E402
 first, third = importlib.import_module("1_supernet"), importlib.import_module("3_progressive")
 parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 parser.add_argument("--model", default="resnet18", help="a timm model name")
-parser.add_argument("--data-dir", default="data/shapes", help="folder with train/CLASS/* and val/CLASS/*")
+parser.add_argument(
+    "--data-dir", default="data/shapes", help="folder with train/CLASS/* and val/CLASS/*"
+)
 parser.add_argument("--img-size", default="32", help="input size in pixels")
 parser.add_argument("--batch-size", default="64", help="images per step")
 parser.add_argument("--workers", default="2", help="processes that load images")
-parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda")
+parser.add_argument(
+    "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda"
+)
 parser.add_argument("--amp", action="store_true", help="bfloat16 in all of them")
 parser.add_argument("--compile", action="store_true", help="compiled blocks in all of them")
-parser.add_argument("--rounds", type=int, default=5, help="epochs of each kind, in turn; one more goes before, uncounted")
+parser.add_argument(
+    "--rounds",
+    type=int,
+    default=5,
+    help="epochs of each kind, in turn; one more goes before, uncounted",
+)
 
 
 def plain_epoch(model, loader, args):
@@ -58,12 +68,21 @@ def plain_epoch(model, loader, args):
 
 def main():
     ours = parser.parse_args()
-    shared = ["--batch-size", ours.batch_size, "--workers", ours.workers, "--device", ours.device,
-              *(["--amp"] if ours.amp else []), *(["--compile"] if ours.compile else [])]
+    shared = [
+        "--batch-size",
+        ours.batch_size,
+        "--workers",
+        ours.workers,
+        "--device",
+        ours.device,
+        *(["--amp"] if ours.amp else []),
+        *(["--compile"] if ours.compile else []),
+    ]
     if ours.data_dir == "data/shapes":
         first.draw_shapes(ours.data_dir)
-    args = first.parser.parse_args(["--model", ours.model, "--data-dir", ours.data_dir, "--img-size",
-                                    ours.img_size, *shared])
+    args = first.parser.parse_args(
+        ["--model", ours.model, "--data-dir", ours.data_dir, "--img-size", ours.img_size, *shared]
+    )
     device = torch.device(args.device)
     data = first.describe_images(args)
     baseline, *_ = first.make_baseline(args, data)
@@ -75,16 +94,34 @@ def main():
 
     def supernet():
         rows = []
-        first.train(copy.deepcopy(prunable), names, loader, range(1), args,
-                    lambda model: {"top1": 0.0, "top1_smallest": 0.0},
-                    lambda row, **state: rows.append(row), None)
+        first.train(
+            copy.deepcopy(prunable),
+            names,
+            loader,
+            range(1),
+            args,
+            lambda model: {"top1": 0.0, "top1_smallest": 0.0},
+            lambda row, **state: rows.append(row),
+            None,
+        )
         return rows[0]["images_per_s"]
 
     def progressive(prune, distill):
         with tempfile.TemporaryDirectory() as folder:
             out = os.path.join(folder, "net.pt")
-            flags = third.parser.parse_args(["--epochs", "1", "--transition", "0", "--distill",
-                                             str(distill), "--out", out, *shared])
+            flags = third.parser.parse_args(
+                [
+                    "--epochs",
+                    "1",
+                    "--transition",
+                    "0",
+                    "--distill",
+                    str(distill),
+                    "--out",
+                    out,
+                    *shared,
+                ]
+            )
             third.train(copy.deepcopy(prunable), baseline.eval(), prune, loader, val, flags, None)
             with open(os.path.join(folder, "net.csv"), encoding="utf-8") as file:
                 return float(next(csv.DictReader(file))["images_per_s"])
@@ -95,21 +132,34 @@ def main():
         "stage 3, lam = 0": (lambda: progressive([], 0), 1),
         "stage 3, lam = 1, all pruned": (lambda: progressive(names, 0), 1),
         "stage 3, lam = 1, with soft labels": (lambda: progressive(names, 0.5), 1),
-        f"stage 1, {passes} passes per step": (supernet, passes)}
+        f"stage 1, {passes} passes per step": (supernet, passes),
+    }
     speeds = {name: [] for name in kinds}
     stdout, sys.stdout = sys.stdout, sys.stderr  # the stages' own lines
     for _ in range(ours.rounds + 1):
         for name, (measure, _) in kinds.items():
             speeds[name].append(measure())
     sys.stdout = stdout
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{ours.model} at {ours.img_size} px, {len(loader) * loader.loader.batch_size} images per epoch, batch"
-          f" {loader.loader.batch_size}, {machine}, torch {torch.__version__}"
-          + (", bfloat16" if ours.amp else "") + (", compiled" if ours.compile else ""))
+    machine = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+    print(
+        f"{ours.model} at {ours.img_size} px, {len(loader) * loader.loader.batch_size} images per epoch, batch"
+        f" {loader.loader.batch_size}, {machine}, torch {torch.__version__}"
+        + (", bfloat16" if ours.amp else "")
+        + (", compiled" if ours.compile else "")
+    )
     for name, (_, passes) in kinds.items():
-        ratios = [speed * passes / plain for speed, plain in zip(speeds[name][1:], speeds["plain loop"][1:])]
-        print(f"{name:34} {statistics.median(speeds[name][1:]):8.0f} img/s   x passes / plain loop:"
-              f" {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        ratios = [
+            speed * passes / plain
+            for speed, plain in zip(speeds[name][1:], speeds["plain loop"][1:])
+        ]
+        print(
+            f"{name:34} {statistics.median(speeds[name][1:]):8.0f} img/s   x passes / plain loop:"
+            f" {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Top-1 of pruned networks that were not trained: a third, two thirds and all blocks, fitted in closed form or left out.
 
-    python tests/benchmarks/training_free.py --supernet runs/supernet.pt
+python tests/benchmarks/training_free.py --supernet runs/supernet.pt
 """
+
 import argparse
 import json
 import os
@@ -16,7 +17,9 @@ sys.path.insert(0, ROOT)
 from blocks import build, prunable_blocks, read_checkpoint  # noqa: E402
 
 parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-parser.add_argument("--supernet", default="runs/supernet.pt", help="only its baseline and its data are used")
+parser.add_argument(
+    "--supernet", default="runs/supernet.pt", help="only its baseline and its data are used"
+)
 parser.add_argument("--subnets", type=int, default=3, help="random subnets of each size")
 parser.add_argument("--calibrate", nargs="+", default=["0", "1024", "4096"])
 
@@ -25,7 +28,9 @@ def main():
     args = parser.parse_args()
     checkpoint = read_checkpoint(args.supernet, "supernet")
     blocks = list(prunable_blocks(build(checkpoint)))
-    print(f"{checkpoint['model']}, baseline top-1 {checkpoint['baseline']['top1']:.2f} %; top-1 without training")
+    print(
+        f"{checkpoint['model']}, baseline top-1 {checkpoint['baseline']['top1']:.2f} %; top-1 without training"
+    )
     for third in (1, 2, 3):
         size = round(len(blocks) * third / 3)
         for images in args.calibrate:
@@ -34,14 +39,41 @@ def main():
                 with tempfile.TemporaryDirectory() as folder:
                     path = os.path.join(folder, "subnet")
                     with open(path + ".json", "w", encoding="utf-8") as file:
-                        json.dump({"format": 1, "model": checkpoint["model"], "prune": random.Random(seed).sample(blocks, size)}, file)
-                    subprocess.run([sys.executable, os.path.join(ROOT, "3_progressive.py"), "--supernet", args.supernet, "--subnet",
-                                    path + ".json", "--epochs", "0", "--workers", "0", "--calibrate", images, "--out", path + ".pt"],
-                                   check=True, stdout=subprocess.DEVNULL)
+                        json.dump(
+                            {
+                                "format": 1,
+                                "model": checkpoint["model"],
+                                "prune": random.Random(seed).sample(blocks, size),
+                            },
+                            file,
+                        )
+                    subprocess.run(
+                        [
+                            sys.executable,
+                            os.path.join(ROOT, "3_progressive.py"),
+                            "--supernet",
+                            args.supernet,
+                            "--subnet",
+                            path + ".json",
+                            "--epochs",
+                            "0",
+                            "--workers",
+                            "0",
+                            "--calibrate",
+                            images,
+                            "--out",
+                            path + ".pt",
+                        ],
+                        check=True,
+                        stdout=subprocess.DEVNULL,
+                    )
                     top1.append(read_checkpoint(path + ".pt")["subnet"]["top1"])
-            print(f"{size:3} of {len(blocks)} pruned, {'fitted on ' + images + ' images' if images != '0' else 'only their skips left'}:"
-                  f" {' '.join(f'{value:.2f}' for value in top1)} %, mean {sum(top1) / len(top1):.2f} %;"
-                  f" {(time.time() - seconds) / len(top1):.0f} s each, start and evaluation included", flush=True)
+            print(
+                f"{size:3} of {len(blocks)} pruned, {'fitted on ' + images + ' images' if images != '0' else 'only their skips left'}:"
+                f" {' '.join(f'{value:.2f}' for value in top1)} %, mean {sum(top1) / len(top1):.2f} %;"
+                f" {(time.time() - seconds) / len(top1):.0f} s each, start and evaluation included",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
