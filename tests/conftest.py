@@ -21,7 +21,8 @@ def pytest_addoption(parser):
 
 
 def run_stage(stage, *args, cwd=ROOT, check=True):
-    """Runs a stage as a person does. With check=False the caller looks at .returncode, .stdout and .stderr."""
+    """Runs a stage as a person does. With check=False the caller looks at .returncode, .stdout and
+    .stderr."""
     done = subprocess.run(
         [sys.executable, os.path.join(ROOT, stage), *map(str, args)],
         cwd=cwd,

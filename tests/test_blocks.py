@@ -66,8 +66,8 @@ def images(size, count=4):
 
 @torch.no_grad()
 def randomise(model, batch, strength=1.0):
-    """Random BN affine, layer scale and biases; BN statistics as `batch` gives them, then shaken: fresh BN hides every
-    bug, but outputs that are all clipped by ReLU6 would hide as many."""
+    """Random BN affine, layer scale and biases; BN statistics as `batch` gives them, then shaken:
+    fresh BN hides every bug, but outputs that are all clipped by ReLU6 would hide as many."""
     for module in model.modules():
         if isinstance(module, BatchNorm):
             module.weight.uniform_(1 - strength / 2, 1 + strength / 2)
@@ -122,7 +122,8 @@ def test_merged_network_is_the_trained_one(name, model_args, share):
         "none": lambda names: [],
     }[share]
     model = check_network(name, model_args, chosen, (32, 33, 47))
-    # In float32 less random: a deep net with BN parameters that wild amplifies its own rounding errors beyond the bound.
+    # In float32 less random: a deep net with BN parameters that wild amplifies its own rounding
+    # errors beyond the bound.
     batch = images(model_args.get("img_size", 47), 16)
     randomise(model, batch, strength=0.2)
     merged, batch = merge(model).float(), batch.float()
@@ -142,7 +143,8 @@ def test_other_networks_of_the_families(name, model_args):
 @pytest.mark.parametrize("name, model_args", SMALL[:4], ids=[name for name, _ in SMALL[:4]])
 @torch.no_grad()
 def test_merged_network_is_a_plain_module(name, model_args):
-    """No trace of what it was made from; strict loading, memory formats, half precision and torch.compile just work."""
+    """No trace of what it was made from; strict loading, memory formats, half precision and
+    torch.compile just work."""
     model, batch = create(name, model_args), images(32, 8)
     set_subnet(model, make_prunable(model)[::2])
     randomise(model, batch, strength=0.2)
@@ -176,8 +178,9 @@ def test_merged_network_is_a_plain_module(name, model_args):
 
 
 def test_every_timm_model_of_the_families(request, capsys):
-    """With up to 30 M parameters: every other prunable block pruned, merged, the whole network compared. What is left out
-    either has no such block or is named. Without --run-slow every fortieth name."""
+    """With up to 30 M parameters: every other prunable block pruned, merged, the whole network
+    compared. What is left out either has no such block or is named. Without --run-slow every
+    fortieth name."""
     errors, refused = {}, []
     for name in timm.list_models()[:: 1 if request.config.getoption("--run-slow") else 40]:
         with torch.device("meta"):
@@ -217,7 +220,8 @@ def test_every_timm_model_of_the_families(request, capsys):
 
 @pytest.mark.parametrize("choice", "ABDF")
 def test_choices_of_blocks_by_depthshrinker(choice):
-    """Fu et al., "DepthShrinker", ICML 2022: which inverted residuals of MobileNetV2-1.4 stay as they are."""
+    """Fu et al., "DepthShrinker", ICML 2022: which inverted residuals of MobileNetV2-1.4 stay as
+    they are."""
     spec = blocks.read_subnet(
         os.path.join(
             os.path.dirname(__file__), "benchmarks", "specs", f"depthshrinker-{choice}.json"
@@ -289,7 +293,8 @@ def test_merged_vit_block_is_the_trained_one(end_act, init_values):
 
 @torch.no_grad()
 def test_attention_is_a_choice_of_its_own():
-    """With attention=True: a block's MLP, its attention or both. Exact, additive in cost, fitted by least squares."""
+    """With attention=True: a block's MLP, its attention or both. Exact, additive in cost, fitted by
+    least squares."""
     theirs, batch = (
         create("deit_tiny_patch16_224", {**VIT32, "depth": 4}),
         images(32, 16) + 3 * images(1, 16),
@@ -362,7 +367,8 @@ def test_end_activation_is_there_when_asked_for(kind):
 @pytest.mark.parametrize("kind", [*BLOCKS, "vit"])
 @torch.no_grad()
 def test_fit_is_least_squares(kind):
-    """Against all inputs at once: the same error, in however many batches, and the baseline block stays what it was."""
+    """Against all inputs at once: the same error, in however many batches, and the baseline block
+    stays what it was."""
     torch.manual_seed(0)
     model = nn.Sequential(Block(8, 2) if kind == "vit" else BLOCKS[kind]()).double().eval()
     make_prunable(model, end_act=False)
@@ -388,7 +394,8 @@ def test_fit_is_least_squares(kind):
 @pytest.mark.parametrize("name, model_args", SMALL, ids=[name for name, _ in SMALL])
 @torch.no_grad()
 def test_fit_survives_inputs_that_tell_nothing(name, model_args):
-    """Grey images, fewer than unknowns: systems as singular as they get. Pruned blocks are no worse than none."""
+    """Grey images, fewer than unknowns: systems as singular as they get. Pruned blocks are no worse
+    than none."""
     model = create(name, model_args).float()
     names = make_prunable(model, end_act=False)
     for batch in (torch.zeros(2, 3, 32, 32), images(32, 2).float()):
@@ -491,7 +498,8 @@ def test_recalibration_forgets_what_was_before():
 
 
 def test_recalibration_takes_what_it_gets():
-    """A last batch of one image, which at 32 px is one pixel in the end, is left out; BNs that do not run keep their own."""
+    """A last batch of one image, which at 32 px is one pixel in the end, is left out; BNs that do
+    not run keep their own."""
     model = create("resnet18", {})
     names = make_prunable(model)
     set_subnet(model, names)

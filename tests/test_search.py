@@ -215,7 +215,8 @@ def test_latencies_of_blocks(name, attention):
 
 @pytest.mark.parametrize("runs", ["mobilenetv2_035"], indirect=True)
 def test_latency_is_measured_once(runs, monkeypatch, tmp_path, capsys):
-    """And kept, but not where the machine was too busy. (The times are made up: so no busy machine fails this test.)"""
+    """And kept, but not where the machine was too busy. (The times are made up: so no busy machine
+    fails this test.)"""
     checkpoint, path = blocks.read_checkpoint(runs / "supernet.pt"), tmp_path / "latency.json"
     names = list(blocks.prunable_blocks(blocks.build(checkpoint)))
     errors = iter([0.01, 0.01, 0.01, 0.01, 0.01, 0.5, 0.5, 0.01, 0.5, 0.5, 0.5])

@@ -1,4 +1,5 @@
-"""The four stages, run from a shell as a person would, on small pictures and small networks of each family."""
+"""The four stages, run from a shell as a person would, on small pictures and small networks of each
+family."""
 
 import importlib.util
 import json
@@ -100,8 +101,8 @@ def test_merged_predicts_what_the_subnet_predicts(runs):
 
 @pytest.mark.parametrize("runs", ["test_convnext", "test_vit"], indirect=True)
 def test_pruning_without_training(runs, monkeypatch, tmp_path):
-    """All blocks, in any order in the spec: the fit comes closer to the baseline's logits than leaving the blocks out, is
-    the same each time and merges."""
+    """All blocks, in any order in the spec: the fit comes closer to the baseline's logits than
+    leaving the blocks out, is the same each time and merges."""
     checkpoint = blocks.read_checkpoint(runs / "supernet.pt")
     names = list(blocks.prunable_blocks(blocks.build(checkpoint)))
     spec = {"format": 1, "model": checkpoint["model"], "prune": names[::-1]}
@@ -427,7 +428,8 @@ def test_onnx_needs_more_packages(runs, monkeypatch, tmp_path):
     )
 
 
-# ---- in this process: what needs no shell --------------------------------------------------------------------------
+# ---- in this process: what needs no shell
+# --------------------------------------------------------------------------
 
 
 @one_network
@@ -706,7 +708,8 @@ def test_an_unfinished_file_does_not_replace_a_finished_one(tmp_path):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
 
 
-# ---- bad input -----------------------------------------------------------------------------------------------------
+# ---- bad input
+# -----------------------------------------------------------------------------------------------------
 
 
 def write_images(root, classes, corrupt=False):

@@ -16,8 +16,8 @@ from conftest import ROOT, load, one_network, run_stage, stage
 import blocks
 from blocks import make_loader, make_prunable, set_subnet
 
-# Runs a stage that kills itself: in the middle of its first checkpoint ("writing"), or some milliseconds after so many
-# steps or subnets.
+# Runs a stage that kills itself: in the middle of its first checkpoint ("writing"), or some
+# milliseconds after so many steps or subnets.
 KILLED = """
 import os, random, runpy, signal, sys, threading
 import torch, blocks
@@ -47,7 +47,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def killed(moments, script, *args, cwd):
-    """Starts a stage with --resume again and again, killed at each of `moments` in turn, and at last not at all."""
+    """Starts a stage with --resume again and again, killed at each of `moments` in turn, and at
+    last not at all."""
     for moment in moments:
         done = subprocess.run(
             [
@@ -216,7 +217,8 @@ def test_resume_wants_the_same_flags(runs, monkeypatch, tmp_path, capsys):
 
 
 def test_several_processes_train_and_search_as_one(pictures, tmp_path):
-    """A ViT has no BN while nothing is pruned: half the batch in each of two processes is the same step."""
+    """A ViT has no BN while nothing is pruned: half the batch in each of two processes is the same
+    step."""
 
     def both(script, *args, batch=False, folders=("one", "two")):
         for folder in folders:
@@ -597,7 +599,8 @@ def test_learning_rate_rises_holds_and_falls(runs, monkeypatch, tmp_path):
     ],
 )
 def test_compiled_blocks_are_compiled_once_per_form(name, attention, monkeypatch):
-    """lam changes with every step: a graph for 0, one for 1, one for all between. (Graphs are captured, no code is made.)"""
+    """lam changes with every step: a graph for 0, one for 1, one for all between. (Graphs are
+    captured, no code is made.)"""
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda module: compile_module(module, backend="eager")

@@ -1,11 +1,14 @@
-"""Does progressive depth pruning beat direct pruning? One supernet's subnets, trained in several ways by stage 3.
+"""Does progressive depth pruning beat direct pruning? One supernet's subnets, trained in several
+ways by stage 3.
 
-    python tests/benchmarks/evidence.py --supernet runs/supernet.pt --out runs/evidence --seeds 0 1 2 --epochs 4 --lr 1e-3
-    python tests/benchmarks/evidence.py --rows progressive "no soft labels" --thirds 2             # only these
+    python tests/benchmarks/evidence.py --supernet runs/supernet.pt --out runs/evidence --seeds 0 \\
+        1 2 --epochs 4 --lr 1e-3
+    # only these
+    python tests/benchmarks/evidence.py --rows progressive "no soft labels" --thirds 2
 
-A third, two thirds and all of the prunable blocks, as stage 2 picks them. Flags that this script does not know go to every
-run of stage 3, but where they are what the row is about. Runs that are in --out already are not repeated, one that was
-stopped goes on: other flags need another --out.
+A third, two thirds and all of the prunable blocks, as stage 2 picks them. Flags that this script
+does not know go to every run of stage 3, but where they are what the row is about. Runs that are in
+--out already are not repeated, one that was stopped goes on: other flags need another --out.
 """
 
 import argparse
@@ -129,8 +132,9 @@ def main():
                     read_checkpoint(out, "subnet")["subnet"]["top1"]
                 )
 
-    # Costs and latencies of the merged networks, in turns: of all seeds' where the blocks are random, else of one, as the rows
-    # of a size differ in their weights only (and an end activation)
+    # Costs and latencies of the merged networks, in turns: of all seeds' where the blocks are
+    # random, else of one, as the rows of a size differ in their weights only (and an end
+    # activation)
     files, shared = {}, {}
     for row, size in results:
         of_seeds = [path(f"{row}-{size}-{seed}.pt") for seed in args.seeds]

@@ -1,4 +1,5 @@
-"""How well stage 2's table predicts latency: random subnets, predicted and timed as merged networks.
+"""How well stage 2's table predicts latency: random subnets, predicted and timed as merged
+networks.
 
 python tests/benchmarks/latency.py                       # four networks, 224 px, batch 1 and 16
 python tests/benchmarks/latency.py --models resnet18 --batch-sizes 8 --device cuda
@@ -69,7 +70,8 @@ def main():
             subnets = [set()]
             while len(subnets) <= args.subnets:
                 subnets.append(set(rng.sample(blocks, rng.randint(1, len(blocks)))))
-            # three networks at a time, in turn with the baseline: the machine's mood changes over minutes
+            # three networks at a time, in turn with the baseline: the machine's mood changes over
+            # minutes
             timed, share = [], [predicted(subnet) / predicted(()) for subnet in subnets[1:]]
             for i in range(1, len(subnets), 3):
                 networks = [

@@ -1,12 +1,14 @@
 """How good is the search? Needs a supernet with few enough blocks to score every subnet of a size.
 
     python tests/benchmarks/search_quality.py --supernet runs/supernet.pt --prune 6
-    python tests/benchmarks/search_quality.py --supernet runs/supernet.pt --train 12 --epochs 4     # and is its score the right one?
-    python tests/benchmarks/search_quality.py --supernet fitted.pt trained.pt --train 10 --any-size # whose score is better?
+    # and is its score the right one?
+    python tests/benchmarks/search_quality.py --supernet runs/supernet.pt --train 12 --epochs 4
+    # whose score is better?
+    python tests/benchmarks/search_quality.py --supernet fitted.pt trained.pt --train 10 --any-size
 
-The first scores all subnets with --prune blocks and ranks what the genetic search picks among them, beside random search
-with as many evaluations. --train runs stage 3 on random subnets and compares its top-1 with their scores in the supernet;
-flags that this script does not know go to stage 3.
+The first scores all subnets with --prune blocks and ranks what the genetic search picks among them,
+beside random search with as many evaluations. --train runs stage 3 on random subnets and compares
+its top-1 with their scores in the supernet; flags that this script does not know go to stage 3.
 """
 
 import argparse

@@ -1,11 +1,15 @@
-"""How much faster are the merged networks, and how much faster does arithmetic allow? Weights are random: they do not matter.
+"""How much faster are the merged networks, and how much faster does arithmetic allow? Weights are
+random: they do not matter.
 
-    python tests/benchmarks/speed.py                                                         # the four networks, at 224 px
-    python tests/benchmarks/speed.py --models mobilenetv2_140 --specs tests/benchmarks/specs/*.json     # DepthShrinker's choices of blocks
+    # the four networks, at 224 px
+    python tests/benchmarks/speed.py
+    # DepthShrinker's choices of blocks
+    python tests/benchmarks/speed.py --models mobilenetv2_140 --specs tests/benchmarks/specs/*.json
     python tests/benchmarks/speed.py --device cuda --batch-sizes 1 128
 
-A third, two thirds (drawn at random) and all of the prunable blocks, or those of --specs, each against the baseline and
-against the baseline with its BN folded; medians of many short turns, in one process.
+A third, two thirds (drawn at random) and all of the prunable blocks, or those of --specs, each
+against the baseline and against the baseline with its BN folded; medians of many short turns, in
+one process.
 """
 
 import argparse

@@ -1,10 +1,13 @@
-"""Images per second of the training stages against a plain training loop on the same network, loader and optimiser.
+"""Images per second of the training stages against a plain training loop on the same network,
+loader and optimiser.
 
-    python tests/benchmarks/throughput.py                                  # the drawn pictures; alternates, prints medians of ratios
-    python tests/benchmarks/throughput.py --model convnext_tiny --data-dir imagenette --img-size 224 --device cuda --amp --batch-size 128
+    # the drawn pictures; alternates, prints medians of ratios
+    python tests/benchmarks/throughput.py
+    python tests/benchmarks/throughput.py --model convnext_tiny --data-dir imagenette --img-size \\
+        224 --device cuda --amp --batch-size 128
 
-Stage 3 with nothing pruned (lam = 0) and with everything pruned (lam = 1) does one pass per step like the plain loop; stage 1
-does a forward and backward pass for each of its subnets.
+Stage 3 with nothing pruned (lam = 0) and with everything pruned (lam = 1) does one pass per step
+like the plain loop; stage 1 does a forward and backward pass for each of its subnets.
 """
 
 import argparse
@@ -47,7 +50,8 @@ parser.add_argument(
 
 
 def plain_epoch(model, loader, args):
-    """Images/s of what a script without this project would do: forward, backward, clipping, step."""
+    """Images/s of what a script without this project would do: forward, backward, clipping,
+    step."""
     fused = {"fused": True} if args.opt in ("adam", "adamw", "sgd") else {}
     optimizer = create_optimizer_v2(model, args.opt, args.lr, args.weight_decay, **fused)
     if args.compile:

@@ -1,4 +1,5 @@
-"""Top-1 of pruned networks that were not trained: a third, two thirds and all blocks, fitted in closed form or left out.
+"""Top-1 of pruned networks that were not trained: a third, two thirds and all blocks, fitted in
+closed form or left out.
 
 python tests/benchmarks/training_free.py --supernet runs/supernet.pt
 """
