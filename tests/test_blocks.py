@@ -180,10 +180,16 @@ def test_merged_network_is_a_plain_module(name, model_args):
 def test_every_timm_model_of_the_families(request, capsys):
     """With up to 30 M parameters: every other prunable block pruned, merged, the whole network
     compared. What is left out either has no such block or is named. Without --run-slow every
-    fortieth name."""
+    fortieth name and two more."""
     errors, refused = {}, []
-    for name in timm.list_models()[:: 1 if request.config.getoption("--run-slow") else 40]:
-        with torch.device("meta"):
+    names = timm.list_models()
+    if not request.config.getoption("--run-slow"):
+        names = sorted({*names[::40], "resnet18", "deit_tiny_patch16_224"})
+    for name in names:
+        try:
+            with torch.device("meta"):
+                model = timm.create_model(name)
+        except NotImplementedError:  # not all of torch 2.6 works there
             model = timm.create_model(name)
         if sum(p.numel() for p in model.parameters()) > 30e6:
             continue
@@ -336,7 +342,7 @@ def test_attention_is_a_choice_of_its_own():
     model(batch)
     inputs, outputs = (rows.flatten(0, 1) for rows in seen[0])
     inputs = nn.functional.pad(inputs, (0, 1), value=1.0)
-    fit(model, names, batch.split(8), ridge=1e-12)
+    fit(model, names, batch.split(8), ridge=1e-10)
     assert torch.equal(model(batch), expected)
     set_subnet(model, ["blocks.1.attn"])
     model(batch)
