@@ -128,8 +128,9 @@ def main():
     network, outside = merged.cpu(), about
     mean, std = (torch.tensor(about[key]).view(-1, 1, 1) for key in ("mean", "std"))
     if args.fold_normalization:
-        normalize = nn.BatchNorm2d(len(mean), eps=0, affine=False)
-        normalize.running_mean, normalize.running_var = mean.flatten(), std.flatten() ** 2
+        normalize = nn.Conv2d(len(mean), len(mean), 1, groups=len(mean)).requires_grad_(False)
+        normalize.weight.copy_(1 / std[:, None])
+        normalize.bias.copy_((-mean / std).flatten())
         network = nn.Sequential(normalize, network).eval()
         outside = {**about, "mean": [0.0] * len(mean), "std": [1.0] * len(mean)}
 
