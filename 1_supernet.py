@@ -44,8 +44,8 @@ from timm.utils import AverageMeter, ModelEmaV3, ParseKwargs, distribute_bn, ran
 
 from blocks import (UserError, at_least, average, check_finite, compile_blocks, cost, create_model,
                     evaluate, fingerprint, finish, fit, make_loader, make_prunable, merge,
-                    open_dataset, print_table, processes, progress_bar, recalibrate, run, save,
-                    save_csv, set_subnet, start)
+                    open_dataset, print_table, processes, progress_bar, prunable_blocks,
+                    recalibrate, run, save, save_csv, set_subnet, start)
 
 parser = argparse.ArgumentParser(description="Stage 1 of 4: trains a supernet.",
                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -56,6 +56,8 @@ flag("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="k=v",
      help="arguments for timm.create_model, e.g. patch_size=4 img_size=32")
 flag("--pretrained", action="store_true", help="start from timm's weights (downloads them)")
 flag("--checkpoint", metavar="FILE", help="start from weights in timm's keys (.pth, .safetensors)")
+flag("--form", default="reparam", choices=("reparam", "fitted"), help="of pruned blocks: reparam,"
+     " the paper's, merges their own layers, fitted has new ones, solved in closed form")
 flag("--attention", action="store_true", help="let attention be pruned, too, as blocks of its own")
 # images
 flag("--data-dir", metavar="DIR",
@@ -309,7 +311,7 @@ def main():
     model, model_args, trained = make_baseline(args, data)
     if rank == 0 and world > 1:
         dist.barrier()
-    make_prunable(copy.deepcopy(model), attention=args.attention)  # its errors come before training
+    make_prunable(copy.deepcopy(model), attention=args.attention)  # errors come before training
     model.to(device, memory_format=torch.channels_last)  # depthwise convs train twice as fast
     loader = make_loader(data, "train", args.batch_size, device, args.workers, augment=args)
     val = make_loader(data, "val", args.batch_size, device, args.workers, split=True)
@@ -341,15 +343,21 @@ def main():
         baseline, state = {**cost(model, data["input_size"]), **result}, None
         baseline_weights = {key: value.cpu().clone() for key, value in model.state_dict().items()}
 
-    # Supernet; stage 3 decides on end activations
+    # Supernet. The paper's form has to be trained; without, the search scores the fitted one. End
+    # activations are harmful to that
     random_seed(args.seed)  # in all processes, and resumed or not, what is not fitted starts alike
-    blocks = make_prunable(model, end_act=False, attention=args.attention)
-    if args.calibrate and not state:
+    form = args.form if args.epochs else "fitted"
+    end_act = None if form == "reparam" else False
+    blocks = make_prunable(model, form, end_act, args.attention)
+    fitted = [name for name, block in prunable_blocks(model).items() if block.pruned]
+    if form == "reparam" and fitted:
+        print(f"fitted, as their own layers cannot be merged: {' '.join(fitted)}")
+    if args.calibrate and fitted and not state:
         started = time.time()
         few = make_loader(data, "train", args.batch_size, device, args.workers,
                           limit=args.calibrate, split=True)
         fit(model, blocks, (images for images, _ in few))
-        print(f"fitted {len(blocks)} blocks on {len(few.dataset) * world} training images in"
+        print(f"fitted {len(fitted)} blocks on {len(few.dataset) * world} training images in"
               f" {time.time() - started:.1f} s", flush=True)
     few = make_loader(data, "train", args.batch_size, device, limit=1024)
     calibration = [images for images, _ in few]
@@ -366,7 +374,8 @@ def main():
                           keep, state)
     model.cpu()
     save({"stage": "supernet", "flags": vars(args), "model": args.model, "model_args": model_args,
-          "data": data, "end_act": False, "attention": args.attention, "baseline": baseline,
+          "data": data, "form": form, "end_act": end_act, "attention": args.attention,
+          "baseline": baseline,
           "supernet": result, "state_dict": model.state_dict(),
           "baseline_state_dict": baseline_weights}, args.out)
     finish(args.out)

@@ -51,6 +51,8 @@ flag("--transition", type=share, default=0.1, metavar="R",
 flag("--hold", type=share, default=0.5, metavar="R", help="share of the steps at the full rate")
 flag("--start", default="baseline", choices=("baseline", "random"), help="weights to start from")
 flag("--distill", type=share, default=0.5, metavar="W", help="weight of the baseline's soft labels")
+flag("--form", choices=("reparam", "fitted"),
+     help="of the pruned blocks (None: stage 1's; fitted with --epochs 0)")
 flag("--end-act", action=argparse.BooleanOptionalAction, default=None,
      help="insert an activation at the end of pruned blocks that have none (None: where all blocks"
           " of a CNN are pruned, and trained)")
@@ -173,11 +175,15 @@ def main():
     teacher.to(device, memory_format=torch.channels_last)
     if args.start == "random":
         model = create_model(checkpoint["model"], checkpoint["model_args"])
-    # Without training end activations only harm, and so they do as long as some block stays
+    form = args.form or (checkpoint["flags"]["form"] if args.epochs else "fitted")
+    # Without training end activations only harm, and in the fitted form so they do as long as some
+    # block stays
     whole = copy.deepcopy(model)
     everything = set(subnet["prune"]) == set(make_prunable(whole)) and not obstacles(whole)
-    end_act = args.end_act if args.end_act is not None or everything and args.epochs else False
-    make_prunable(model, end_act, checkpoint["attention"])
+    end_act = args.end_act
+    if end_act is None and not (args.epochs and (form == "reparam" or everything)):
+        end_act = False
+    make_prunable(model, form, end_act, checkpoint["attention"])
     set_subnet(model, subnet["prune"])  # raises for an unknown block
     prune = [name for name in prunable_blocks(model) if name in subnet["prune"]]
     model.to(device, memory_format=torch.channels_last)
@@ -202,8 +208,8 @@ def main():
     if args.epochs:
         model, result = train(model, teacher, prune, loader, val, args, state)
     model.cpu().eval()
-    save({**checkpoint, "stage": "subnet", "flags": vars(args), "prune": prune, "end_act": end_act,
-          "subnet": result, "state_dict": model.state_dict()}, args.out)
+    save({**checkpoint, "stage": "subnet", "flags": vars(args), "prune": prune, "form": form,
+          "end_act": end_act, "subnet": result, "state_dict": model.state_dict()}, args.out)
     finish(args.out)
     merged = cost(merge(model), data["input_size"])
     print()

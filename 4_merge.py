@@ -123,8 +123,8 @@ def main():
     # What travels with the network says nothing of this machine
     about = {key: data[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct",
                                         "classes")}
-    about.update({key: checkpoint[key] for key in ("model", "model_args", "prune", "end_act",
-                                                   "attention")}, stage="merged")
+    about.update({key: checkpoint[key] for key in ("model", "model_args", "prune", "form",
+                                                   "end_act", "attention")}, stage="merged")
     network, outside = merged.cpu(), about
     mean, std = (torch.tensor(about[key]).view(-1, 1, 1) for key in ("mean", "std"))
     if args.fold_normalization:

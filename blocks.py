@@ -2,21 +2,29 @@
 
 UPDP prunes depth: it replaces whole blocks of a network by smaller ones that merge into one layer
 each (Liu et al., "UPDP: A Unified Progressive Depth Pruner for CNN and Vision Transformer", AAAI
-2024). Every prunable block holds two forms and blends them by `lam`, the paper's λ:
+2024). Every prunable block has a baseline form and a pruned one, and `lam`, the paper's λ, leads
+from one to the other:
 
     lam = 0   the baseline block: timm's own forward, bit for bit
     lam = 1   the pruned block: linear up to its last activation (in a ViT: the MLP half), so that
-              `fuse()` can make plain layers of it, with BatchNorm and skip folded in, exactly
+              `fuse()` can make plain layers of it, with norms and skip folded in, exactly
 
-    timm class                             pruned form, beside the skip       merges into
-    resnet.BasicBlock                      3x3 conv, BatchNorm                one 3x3 conv
-    _efficientnet_blocks.InvertedResidual  dense kxk conv, BatchNorm          one dense kxk conv
-    convnext.ConvNeXtBlock                 depthwise conv, BatchNorm, 1x1     depthwise + 1x1, skip
-    vision_transformer.Block               BatchNorm, linear for the MLP      one linear layer
-    vision_transformer.Attention           BatchNorm, linear (if asked for)   one linear layer
+The pruned block comes in two forms, which merge into layers of the same shape:
 
-To compose the layers of a block would often give a more expensive one (two 3x3 convs give a 5x5).
-So the pruned form has the shape of the merged layer from the start, and `fit` solves its weights.
+    reparam   the paper's: the block's own layers. With lam, activations inside become the identity,
+              LayerNorm becomes BatchNorm, and an activation is inserted at the end. What is linear
+              then is composed into one layer (reparameterisation).
+    fitted    new layers of the merged shape, which `fit` solves in closed form so that they
+              reproduce the block's output. lam blends the outputs. It prunes without training, and
+              takes blocks whose own layers cannot be merged (squeeze-excite).
+
+    timm class                             reparam form, lam = 1              merges into
+    resnet.BasicBlock                      conv1, bn1, centre of conv2, bn2   one 3x3 conv
+    _efficientnet_blocks.InvertedResidual  its convs and BNs                  one dense kxk conv
+    convnext.ConvNeXtBlock                 conv_dw, BatchNorm, fc1, fc2, γ    depthwise + 1x1, skip
+    vision_transformer.Block               BatchNorm, fc1, fc2 for the MLP    one linear layer
+    vision_transformer.Attention           fitted only, if asked for          one linear layer
+
 The blocks come first, then networks of them, then what the stages share.
 """
 import argparse
@@ -40,6 +48,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from timm.data.loader import PrefetchLoader, fast_collate
+from timm.layers import Conv2dSame, Mlp
 from timm.models import _efficientnet_blocks, convnext, resnet, vision_transformer
 from timm.utils import reparameterize_model
 from timm.utils.distributed import init_distributed_device_so
@@ -66,12 +75,79 @@ def blend(baseline, pruned, lam):
     return (1 - lam) * baseline() + lam * pruned()
 
 
-def conv_like(conv, weight, groups=1):
-    """`conv` with another weight and no bias. Stride, padding and dilation stay, and so does the
+def fade(act, z, lam):
+    """act(z) at lam = 0, z at 1. Many activations work in place, but between 0 and 1, z is used
+    twice."""
+    return blend(lambda: act(z.clone() if lam else z), lambda: z, lam)
+
+
+def on_rows(layers, x):
+    """layers(x); tokens (B, N, C) go in as (B·N, C), over which a BatchNorm takes its average."""
+    return layers(x.flatten(0, 1)).unflatten(0, x.shape[:2]) if x.ndim == 3 else layers(x)
+
+
+def replace_norm(norm, bn, like):
+    """The BatchNorm `bn`, on the device of `like`, with weight and bias of `norm`, which it will
+    replace. Its statistics are not those of any images yet: `recalibrate`, or train, before it is
+    used."""
+    bn = bn.to(like)
+    for key, value in norm.named_parameters():  # weight, bias, or none
+        getattr(bn, key).data.copy_(value.data)
+    return bn
+
+
+def weight_and_bias(layer):
+    """Weight (C_out, C_in) and bias (C_out,) of a linear layer or a 1x1 conv."""
+    weight = layer.weight.flatten(1)
+    return weight, weight.new_zeros(len(weight)) if layer.bias is None else layer.bias
+
+
+def compose(first, second):
+    """Weight and bias of one layer that computes second(first(x)). Both are pairs of weight and
+    bias; `second` is a matrix (O, M), `first` a matrix (M, I) or a kernel (M, I, k, k)."""
+    (w1, b1), (w2, b2) = first, second
+    return torch.einsum("om,mi...->oi...", w2, w1), w2 @ b1 + b2
+
+
+def compose_mlp(mlp, scale=None):
+    """Weight (C_out, C_in) and bias of scale * fc2(fc1(x)), in timm's Mlp without its activation.
+    scale: None or (C_out,)."""
+    weight, bias = compose(weight_and_bias(mlp.fc1), weight_and_bias(mlp.fc2))
+    return (weight, bias) if scale is None else (weight * scale[:, None], bias * scale)
+
+
+def fade_mlp(mlp, x, lam):
+    """timm's Mlp on x (..., C), with its activation fading out. At lam = 1 fc2·fc1 is one matrix,
+    at an eighth of the cost."""
+    if lam == 0:
+        return mlp(x)
+    if lam == 1:
+        return mlp.drop2(F.linear(x, *compose_mlp(mlp)))
+    z = F.linear(x, *weight_and_bias(mlp.fc1))
+    return mlp.drop2(F.linear(mlp.drop1(fade(mlp.act, z, lam)), *weight_and_bias(mlp.fc2)))
+
+
+def own_mlp_obstacle(mlp):
+    """Why the two linear layers of an MLP cannot be composed, or None."""
+    if type(mlp) is not Mlp or not isinstance(mlp.norm, nn.Identity):
+        return f"no plain MLP inside ({type(mlp).__name__})"
+
+
+def own_convs_obstacle(convs, norms):
+    """Why convs, each with a norm behind it, cannot be composed, or None."""
+    if any(type(conv) not in (nn.Conv2d, Conv2dSame) or conv.bias is not None for conv in convs):
+        return "convs with a bias, or of another kind, inside"
+    if not all(isinstance(norm, BatchNorm) for norm in norms):
+        return "no BatchNorm inside"
+
+
+def conv_like(conv, weight, bias=None, groups=1):
+    """`conv` with another weight and bias. Stride, padding and dilation stay, and so does the
     class: convs of TensorFlow's networks compute their padding at run time."""
     conv = copy.deepcopy(conv)
     conv.in_channels, conv.out_channels = weight.shape[1] * groups, len(weight)
-    conv.groups, conv.weight, conv.bias = groups, nn.Parameter(weight), None
+    conv.groups, conv.weight = groups, nn.Parameter(weight.contiguous())
+    conv.bias = None if bias is None else nn.Parameter(bias)
     return conv
 
 
@@ -108,22 +184,33 @@ def patches(conv, x):
     taps = math.prod(conv.kernel_size)
     one_tap = torch.eye(taps).to(x).view(taps, 1, *conv.kernel_size)
     one_tap = one_tap.repeat(conv.in_channels, 1, 1, 1)
-    return pixel_rows(conv_like(conv, one_tap, conv.in_channels)(x))
+    return pixel_rows(conv_like(conv, one_tap, groups=conv.in_channels)(x))
 
 
-def linear_after(bn, linear):
-    """One linear layer that computes linear(bn(x)), in eval mode."""
+def bn_linear(in_features, out_features, like):
+    """A BatchNorm and a linear layer on rows, with an output of 0 at first."""
+    layers = nn.BatchNorm1d(in_features), zero(nn.Linear(in_features, out_features))
+    return nn.Sequential(*layers).to(like)
+
+
+def bn_shift(bn):
+    """What a BN in eval mode makes of 0, per channel."""
+    return bn.bias - bn.weight * bn.running_mean * torch.rsqrt(bn.running_var + bn.eps)
+
+
+def linear_after(bn, weight, bias):
+    """One linear layer that computes weight·bn(x) + bias, in eval mode."""
     scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
-    bias = linear.bias + linear.weight @ (bn.bias - bn.running_mean * scale)
-    linear = copy.deepcopy(linear)
-    linear.weight, linear.bias = nn.Parameter(linear.weight * scale), nn.Parameter(bias)
+    linear = nn.Linear(*weight.shape[::-1], device="meta")
+    linear.weight = nn.Parameter(weight * scale)
+    linear.bias = nn.Parameter(bias + weight @ bn_shift(bn))
     return linear
 
 
-def linear_with_skip(bn, linear):
-    """One linear layer that computes x + linear(bn(x)), in eval mode."""
-    linear = linear_after(bn, linear)
-    linear.weight += torch.eye(len(linear.weight)).to(linear.weight)
+def linear_with_skip(bn, weight, bias):
+    """One linear layer that computes x + weight·bn(x) + bias, in eval mode."""
+    linear = linear_after(bn, weight, bias)
+    linear.weight += torch.eye(len(weight)).to(weight)
     return linear
 
 
@@ -144,35 +231,61 @@ class MergedBlock(nn.Module):
 # keys and isinstance checks stay timm's.
 
 class Prunable:
-    """What the families share. The pruned form is `self.pruned`, linear layers and a BatchNorm of
-    its own: training it changes nothing of the baseline block but what both forms share (a ViT
-    block's attention, a ResNet's downsample). A family names its timm class and has
+    """What the families share. A block is of the fitted form if it has layers for it,
+    `self.pruned`, else of the paper's. A family names its timm class and has
 
-        obstacle(block)     why a block of the class is not prunable, or None
-        prepare(end_act)    builds self.pruned, and self.end_act if asked for
-        skip_part(x)        what is added to the output of self.pruned
-        merged()            plain layers that compute the pruned form, in eval mode
-        linear_inputs(x)    what the linear layer that `fit` solves works on, as rows
+        obstacle(block)      why a block of the class is not prunable, or None
+        own_obstacle(block)  why its own layers cannot be merged, or None; then it will be fitted
+        prepare(end_act)     builds self.end_act if asked for
+        skip_part(x)         what both forms are added to: the skip
+        merged()             plain layers that compute the pruned form, in eval mode
+
+        of the paper's form
+        own_norm()           a BatchNorm that replaces another norm, or None
+        own_layers(x, lam)   the block's own layers beside the skip, as lam leaves them
+
+        of the fitted form
+        new_layers()         linear layers and a BatchNorm, for self.pruned
+        linear_inputs(x)     what the linear layer that `fit` solves works on, as rows
     """
-    lam = 0.0
+    serial = False  # True: the layers work on the output of skip_part, as a ViT's MLP does
     end_act_default = True  # with all blocks pruned and no activation left, a network is linear
 
     def forward(self, x, **attn_args):
-        return blend(lambda: super(Prunable, self).forward(x, **attn_args),
-                     lambda: self.forward_pruned(x), self.lam)
-
-    def forward_pruned(self, x):
-        return self.finish(self.drop_path(self.pruned(x)) + self.skip_part(x))
+        if self.lam == 0:
+            return super().forward(x, **attn_args)
+        skip = self.skip_part(x, **attn_args)
+        inside = skip if self.serial else x
+        if self.pruned is None:
+            return self.finish(skip + self.drop_path(self.own_layers(inside, self.lam)))
+        return blend(
+            lambda: skip + self.drop_path(self.own_layers(inside, 0)) if self.serial
+            else super(Prunable, self).forward(x),
+            lambda: self.finish(skip + self.drop_path(on_rows(self.pruned, inside))), self.lam)
 
     def finish(self, y):
-        return y if self.end_act is None else self.end_act(y)
+        """The end activation. In the paper's form it fades in; else the output is blended."""
+        if self.end_act is None:
+            return y
+        return fade(self.end_act, y, 1 - self.lam if self.pruned is None else 0)
 
     @staticmethod
     def obstacle(block):
         return None
 
+    @staticmethod
+    def own_obstacle(block):
+        return None
+
+    def prepare(self, end_act):
+        pass
+
+    def own_norm(self):
+        return None
+
     def linear_inputs(self, x):
-        return patches(self.pruned[0], x)
+        first = self.pruned[0]
+        return pixel_rows(x) if isinstance(first, BatchNorm) else patches(first, x)
 
     def linear_part(self, x):
         """The baseline block's output, which `fit` makes pruned(x) + skip_part(x) reproduce."""
@@ -207,7 +320,7 @@ class Prunable:
         if self.lam != 0:
             raise ValueError(f"a block at lam = {self.lam:g} is still in transition: only 0 and 1"
                              " merge exactly")
-        for name in ("pruned", "end_act", "lam"):
+        for name in ("pruned", "end_act", "norm_bn", "lam"):
             if name in self._modules or name in self.__dict__:
                 delattr(self, name)
         self.__class__ = self.timm_class
@@ -215,7 +328,9 @@ class Prunable:
 
 
 class PrunableBasicBlock(Prunable, resnet.BasicBlock):
-    """conv3x3-bn-act-conv3x3-bn + skip, act. The pruned form is one 3x3 conv, at half the cost."""
+    """conv3x3-bn-act-conv3x3-bn + skip, act. Two 3x3 convs would compose to a 5x5, which costs more
+    than both: so conv2 shrinks to its centre tap, and the two are one 3x3 conv, at half the
+    cost."""
     timm_class = resnet.BasicBlock
 
     @staticmethod
@@ -224,9 +339,17 @@ class PrunableBasicBlock(Prunable, resnet.BasicBlock):
             return "convs of another size"
         return None if isinstance(block.aa, nn.Identity) else "anti-aliasing inside"
 
-    def prepare(self, end_act):
-        self.pruned = conv_bn(self.conv1, self.conv1.in_channels, self.conv2.out_channels)
+    @staticmethod
+    def own_obstacle(block):
+        if block.se is not None:
+            return "squeeze-excite inside"
+        return own_convs_obstacle((block.conv1, block.conv2), (block.bn1, block.bn2))
+
+    def prepare(self, end_act):  # the block has an end activation, act2
         self.drop_path = self.drop_path or nn.Identity()
+
+    def new_layers(self):
+        return conv_bn(self.conv1, self.conv1.in_channels, self.conv2.out_channels)
 
     def skip_part(self, x):
         return x if self.downsample is None else self.downsample(x)
@@ -234,12 +357,31 @@ class PrunableBasicBlock(Prunable, resnet.BasicBlock):
     def finish(self, y):
         return self.act2(y)
 
+    def own_layers(self, x, lam):
+        z = fade(self.act1, self.drop_block(self.bn1(self.conv1(x))), lam)
+        conv2 = self.conv2
+        if lam == 0:
+            z = conv2(z)
+        elif lam == 1:
+            z = F.conv2d(z, conv2.weight[:, :, 1:2, 1:2])
+        else:  # outer taps times 1 - lam
+            taps = F.pad(z.new_full((1, 1), lam), (1, 1, 1, 1)) + (1 - lam)
+            z = F.conv2d(z, conv2.weight * taps, None, 1, conv2.padding, conv2.dilation)
+        z = self.bn2(z)
+        return z if self.se is None else self.se(z)
+
+    def composed(self):
+        conv1 = fuse_conv_bn_eval(self.conv1, self.bn1)
+        conv2 = fuse_conv_bn_eval(self.conv2, self.bn2)
+        centre = conv2.weight[:, :, 1, 1], conv2.bias
+        return conv_like(self.conv1, *compose((conv1.weight, conv1.bias), centre))
+
     def linear_part(self, x):  # before act2
-        y = self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x)))))
-        return (y if self.se is None else self.se(y)) + self.skip_part(x)
+        return self.own_layers(x, 0) + self.skip_part(x)
 
     def merged(self):
-        conv, skip = fuse_conv_bn_eval(*self.pruned), None
+        conv = fuse_conv_bn_eval(*self.pruned) if self.pruned else self.composed()
+        skip = None
         if self.downsample is None:
             add_identity(conv.weight)
         elif isinstance(self.downsample[1], BatchNorm) and self.downsample[0].kernel_size == (1, 1):
@@ -252,8 +394,11 @@ class PrunableBasicBlock(Prunable, resnet.BasicBlock):
 
 
 class PrunableInvertedResidual(Prunable, _efficientnet_blocks.InvertedResidual):
-    """1x1 conv-bn-act, depthwise conv-bn-act, 1x1 conv-bn (+ skip). The pruned form is one dense
-    kxk conv."""
+    """1x1 conv-bn-act, depthwise conv-bn-act, 1x1 conv-bn (+ skip), merged into one dense kxk conv.
+
+    The depthwise conv pads with 0, but outside of the image a merged conv has what BN1 makes of 0.
+    So this shift fades out as well, and BN2 absorbs it: at lam = 1 nothing that is padded carries a
+    constant, and borders are exact."""
     timm_class = _efficientnet_blocks.InvertedResidual
 
     @staticmethod
@@ -271,51 +416,100 @@ class PrunableInvertedResidual(Prunable, _efficientnet_blocks.InvertedResidual):
             size = "x".join(map(str, dw.kernel_size))
             return f"a dense {size} conv would be more expensive"
 
+    @staticmethod
+    def own_obstacle(block):
+        pw, dw, pwl = block.conv_pw, block.conv_dw, block.conv_pwl
+        if not isinstance(block.se, nn.Identity):
+            return "squeeze-excite inside"
+        if pw.groups > 1 or pwl.groups > 1 or dw.groups < dw.in_channels:
+            return "grouped convs inside"
+        return own_convs_obstacle((pw, dw, pwl), (block.bn1, block.bn2, block.bn3))
+
     def prepare(self, end_act):
-        self.pruned = conv_bn(self.conv_dw, self.conv_pw.in_channels, self.conv_pwl.out_channels)
-        if not self.has_skip:  # a random conv, as nothing else would be left
-            nn.init.ones_(self.pruned[1].weight)
-            self.drop_path = nn.Identity()
         act = getattr(self.bn2, "act", nn.ReLU())  # EvoNorm has none
         self.end_act = copy.deepcopy(act) if end_act else None
+        if not self.has_skip:  # as in timm's own forward
+            self.drop_path = nn.Identity()
+
+    def new_layers(self):
+        layers = conv_bn(self.conv_dw, self.conv_pw.in_channels, self.conv_pwl.out_channels)
+        if not self.has_skip:  # a random conv, as nothing else would be left
+            nn.init.ones_(layers[1].weight)
+        return layers
 
     def skip_part(self, x):
         return x if self.has_skip else 0
 
+    def own_layers(self, x, lam):
+        bn1, bn2, norm = self.bn1, self.bn2, nn.BatchNorm2d.forward  # norm: without bn1's own act
+        z = fade(bn1.act, norm(bn1, self.conv_pw(x)), lam) - lam * bn_shift(bn1).view(-1, 1, 1)
+        z = fade(bn2.act, norm(bn2, self.conv_dw(z)), lam)
+        return self.bn3(self.conv_pwl(z))
+
+    def composed(self):
+        pw, dw, pwl = (fuse_conv_bn_eval(conv, bn) for conv, bn in (
+            (self.conv_pw, self.bn1), (self.conv_dw, self.bn2), (self.conv_pwl, self.bn3)))
+        dense = dw.weight * pw.weight, dw.bias  # (M, 1, k, k) times (M, I, 1, 1)
+        return conv_like(self.conv_dw, *compose(dense, weight_and_bias(pwl)))
+
     def merged(self):
-        conv = fuse_conv_bn_eval(*self.pruned)
+        conv = fuse_conv_bn_eval(*self.pruned) if self.pruned else self.composed()
         if self.has_skip:
             add_identity(conv.weight)
         return MergedBlock(conv, act=self.end_act)
 
 
 class PrunableConvNeXtBlock(Prunable, convnext.ConvNeXtBlock):
-    """Depthwise 7x7-LN-fc1-GELU-fc2-γ + skip. A dense 7x7 would cost 5 to 6 times the block: the
-    pruned form is a depthwise conv (at first the block's own), a BatchNorm, and one 1x1 conv."""
+    """Depthwise 7x7-LN-fc1-GELU-fc2-γ + skip. A dense 7x7 would cost 5 to 6 times the block: so the
+    depthwise conv stays, with its BN folded in, and γ·fc2·fc1 becomes one 1x1 conv. (The fitted
+    form has a copy of the depthwise conv, a BatchNorm and a new 1x1 conv.)"""
     timm_class = convnext.ConvNeXtBlock
 
+    @staticmethod
+    def own_obstacle(block):
+        return own_mlp_obstacle(block.mlp)
+
     def prepare(self, end_act):
-        dw, dim = copy.deepcopy(self.conv_dw), self.conv_dw.out_channels
-        self.pruned = nn.Sequential(dw, nn.BatchNorm2d(dim), zero(nn.Conv2d(dim, dim, 1)))
-        self.pruned.to(dw.weight)
         self.end_act = copy.deepcopy(self.mlp.act) if end_act else None
+
+    def own_norm(self):
+        bn = nn.BatchNorm2d(self.conv_dw.out_channels)
+        return replace_norm(self.norm, bn, self.conv_dw.weight)
+
+    def new_layers(self):
+        dw, dim = copy.deepcopy(self.conv_dw), self.conv_dw.out_channels
+        return nn.Sequential(dw, nn.BatchNorm2d(dim), zero(nn.Conv2d(dim, dim, 1))).to(dw.weight)
 
     def skip_part(self, x):
         return self.shortcut(x)
+
+    def own_layers(self, x, lam):
+        z, last = self.conv_dw(x), not self.use_conv_mlp  # timm's norm may want channels last
+        z = blend(lambda: self.norm(z.movedim(1, -1)).movedim(-1, 1) if last else self.norm(z),
+                  lambda: self.norm_bn(z), lam)
+        z = fade_mlp(self.mlp, z.movedim(1, -1), lam).movedim(-1, 1)
+        return z if self.gamma is None else z * self.gamma.view(-1, 1, 1)
 
     def linear_inputs(self, x):
         return pixel_rows(self.pruned[0](x))
 
     def merged(self):
-        dw, bn, pw = self.pruned
+        if self.pruned:
+            dw, bn, pw = self.pruned
+        else:
+            weight, bias = compose_mlp(self.mlp, self.gamma)
+            pw = conv_like(nn.Conv2d(1, 1, 1, device="meta"), weight[:, :, None, None], bias)
+            dw, bn = self.conv_dw, self.norm_bn
         layers = nn.Sequential(fuse_conv_bn_eval(dw, bn), pw)
         return MergedBlock(layers, self.shortcut, self.end_act)
 
 
 class PrunableViTBlock(Prunable, vision_transformer.Block):
-    """x + attn(norm1(x)), then x + mlp(norm2(x)). The attention half stays; the MLP's pruned form
-    is a BatchNorm and one C x C linear layer."""
+    """x + attn(norm1(x)), then x + mlp(norm2(x)). The attention half stays. In the MLP half, LN
+    becomes BatchNorm over all tokens, and fc2·fc1 one C x C linear layer with the skip inside."""
     timm_class = vision_transformer.Block
+    drop_path = property(lambda self: self.drop_path2)
+    serial = True
     end_act_default = False  # the attention's softmax keeps the network nonlinear
 
     @staticmethod
@@ -323,26 +517,27 @@ class PrunableViTBlock(Prunable, vision_transformer.Block):
         if not isinstance(getattr(block.mlp, "fc2", None), nn.Linear):
             return f"{type(block.mlp).__name__} as its MLP"
 
+    @staticmethod
+    def own_obstacle(block):
+        return own_mlp_obstacle(block.mlp)
+
     def prepare(self, end_act):
-        dim = self.mlp.fc2.out_features
-        self.pruned = nn.Sequential(nn.BatchNorm1d(dim), zero(nn.Linear(dim, dim)))
-        self.pruned.to(self.mlp.fc2.weight)
         self.end_act = copy.deepcopy(self.mlp.act) if end_act else None
+
+    def own_norm(self):
+        bn = nn.BatchNorm1d(self.mlp.fc1.in_features)
+        return replace_norm(self.norm2, bn, self.mlp.fc1.weight)
+
+    def new_layers(self):
+        dim = self.mlp.fc2.out_features
+        return bn_linear(dim, dim, self.mlp.fc2.weight)
 
     def skip_part(self, x, **attn_args):
         return x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **attn_args)))
 
-    def forward(self, x, **attn_args):  # both forms share the attention: it runs once
-        if self.lam == 0:
-            return super(Prunable, self).forward(x, **attn_args)
-        x = self.skip_part(x, **attn_args)
-        return blend(
-            lambda: x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))),
-            lambda: self.finish(x + self.drop_path2(self.pruned(x.flatten(0, 1)).view_as(x))),
-            self.lam)
-
-    def linear_inputs(self, x):
-        return pixel_rows(self.skip_part(x))
+    def own_layers(self, x, lam):
+        z = blend(lambda: self.norm2(x), lambda: on_rows(self.norm_bn, x), lam)
+        return self.ls2(fade_mlp(self.mlp, z, lam))
 
     @torch.no_grad()
     def fuse(self):  # timm's block would pass a mask on to a merged attention
@@ -353,7 +548,12 @@ class PrunableViTBlock(Prunable, vision_transformer.Block):
         attn = self.attn.fuse() if isinstance(self.attn, Prunable) else self.attn
         mlp = MergedBlock(nn.Sequential(self.norm2, self.mlp, self.ls2), nn.Identity())
         if self.lam == 1:
-            mlp = MergedBlock(linear_with_skip(*self.pruned), act=self.end_act)
+            if self.pruned:
+                linear = linear_with_skip(self.pruned[0], *weight_and_bias(self.pruned[1]))
+            else:
+                layers = compose_mlp(self.mlp, getattr(self.ls2, "gamma", None))
+                linear = linear_with_skip(self.norm_bn, *layers)
+            mlp = MergedBlock(linear, act=self.end_act)
         return MergedViTBlock(self.norm1, attn, self.ls1, mlp)
 
 
@@ -370,26 +570,26 @@ class MergedViTBlock(nn.Module):
 
 
 class PrunableAttention(Prunable, vision_transformer.Attention):
-    """The attention of a PrunableViTBlock. The pruned form is a BatchNorm and one linear layer on
-    every token by itself."""
+    """The attention of a PrunableViTBlock, fitted only: a BatchNorm and one linear layer on every
+    token by itself."""
     timm_class = vision_transformer.Attention
 
-    def prepare(self, end_act):
-        dim, out_dim = self.qkv.in_features, self.proj.out_features
-        self.pruned = nn.Sequential(nn.BatchNorm1d(dim), zero(nn.Linear(dim, out_dim)))
-        self.pruned.to(self.proj.weight)
+    @staticmethod
+    def own_obstacle(block):
+        return "attention"
+
+    def new_layers(self):
+        return bn_linear(self.qkv.in_features, self.proj.out_features, self.proj.weight)
+
+    def forward(self, x, **attn_args):
+        return blend(lambda: super(Prunable, self).forward(x, **attn_args),
+                     lambda: on_rows(self.pruned, x), self.lam)
 
     def skip_part(self, x):
         return 0
 
-    def forward_pruned(self, x):
-        return self.pruned(x.flatten(0, 1)).view_as(x)
-
-    def linear_inputs(self, x):
-        return pixel_rows(x)
-
     def merged(self):
-        return linear_after(*self.pruned)
+        return linear_after(self.pruned[0], *weight_and_bias(self.pruned[1]))
 
 
 FAMILIES = (PrunableBasicBlock, PrunableInvertedResidual, PrunableConvNeXtBlock, PrunableViTBlock)
@@ -397,16 +597,22 @@ FAMILIES = (PrunableBasicBlock, PrunableInvertedResidual, PrunableConvNeXtBlock,
 
 # ---- a network of such blocks --------------------------------------------------------------------
 
-def make_prunable(model, end_act=None, attention=False):
+def make_prunable(model, form="reparam", end_act=None, attention=False):
     """Turns a timm model's blocks prunable, in place. Nothing is pruned yet: the outputs stay the
-    same bits. Until it is fitted or trained, a pruned form is its skip alone, if it has one.
+    same bits. Load the weights before: pruned forms copy some of them.
 
+    form: "reparam", the paper's, or "fitted". Blocks whose own layers cannot be merged are fitted
+    in any case; until `fit` or training, a fitted form is its skip alone, if it has one.
     end_act: insert an activation at the end of pruned blocks that have none? None: in CNNs only.
     attention: let the attention of ViT blocks be pruned, too: "blocks.0.attn" is a choice beside
     "blocks.0", the block's MLP. Returns the module paths of the blocks, in running order. UserError
-    where there is none. ConvNeXt's pruned form copies a conv: load the weights before."""
+    where there is none."""
     def convert(module, family):
-        old, module.__class__, module.lam = set(module.modules()), family, 0.0
+        own = form == "reparam" and not family.own_obstacle(module)
+        old, module.__class__ = set(module.modules()), family
+        module.lam, module.end_act = 0.0, None
+        module.pruned = None if own else module.new_layers()
+        module.norm_bn = module.own_norm() if own else None
         module.prepare(family.end_act_default if end_act is None else end_act)
         for new in set(module.modules()) - old:
             new.train(module.training)
@@ -480,7 +686,7 @@ def merge(model):
             last = None
         elif not list(module.children()):
             last = path, module
-    return merged.to(dtype)
+    return merged.to(dtype).eval()
 
 
 @torch.no_grad()
@@ -509,16 +715,18 @@ def recalibrate(model, batches, leave=()):
 
 @torch.no_grad()
 def fit(model, names, batches, pruned=(), ridge=1e-2, pixels=8192):
-    """Solves the pruned form of each block in `names`, by least squares on `batches` (an iterable
-    of images): its output is to reproduce that of the block in the unpruned network, on the inputs
-    that it gets while the blocks `pruned` are pruned: a fit also corrects the errors of those
-    before it. Nothing else in the model changes; all blocks are left at lam = 0.
+    """Solves the fitted form of each block in `names` (of the paper's form there is nothing to
+    solve), by least squares on `batches` (an iterable of images): its output is to reproduce that
+    of the block in the unpruned network, on the inputs that it gets while the blocks `pruned` are
+    pruned: a fit also corrects the errors of those before it. Nothing else in the model changes;
+    all blocks are left at lam = 0.
 
     The normal equations are summed up in float64, over all processes, from at most `pixels` output
     pixels (or tokens) of a batch: memory does not grow with the number of batches. `ridge`, a share
     of each input's variance, pulls towards a block that is its skip alone. (ReplaceMe, NeurIPS
     2025, fits linear maps in the place of language models' blocks.)"""
     blocks, sums, rng = prunable_blocks(model), {}, torch.Generator().manual_seed(0)
+    names = [name for name in names if blocks[name].pruned]
 
     class Reached(Exception):
         pass
@@ -538,11 +746,13 @@ def fit(model, names, batches, pruned=(), ridge=1e-2, pixels=8192):
         return seen
 
     model.eval()
-    for images in batches:
+    for images in batches if names else ():
         seen = inputs_of_blocks(images, [])
         wanted = {block: block.linear_part(x) for block, x in seen.items()}
         for block, x in (inputs_of_blocks(images, pruned) if pruned else seen).items():
-            inputs, outputs = block.linear_inputs(x), pixel_rows(wanted[block] - block.skip_part(x))
+            skip = block.skip_part(x)
+            inputs = block.linear_inputs(skip if block.serial else x)
+            outputs = pixel_rows(wanted[block] - skip)
             some = torch.randperm(len(inputs), generator=rng)[:pixels].to(x.device)
             inputs = F.pad(inputs[some].double(), (0, 1), value=1.0)  # a constant, for the bias
             gram, cross = sums.get(block, (0, 0))
@@ -617,7 +827,7 @@ def build(checkpoint, baseline=False):
     asked for, the timm model that was pruned, with its own weights."""
     model = create_model(checkpoint["model"], checkpoint["model_args"])
     if not baseline:
-        make_prunable(model, checkpoint["end_act"], checkpoint["attention"])
+        make_prunable(model, checkpoint["form"], checkpoint["end_act"], checkpoint["attention"])
         set_subnet(model, checkpoint.get("prune", ()))
         model = merge(model) if checkpoint["stage"] == "merged" else model
     model.load_state_dict(checkpoint["baseline_state_dict" if baseline else "state_dict"])
@@ -707,7 +917,7 @@ def save(checkpoint, path):
     if processes()[0] == 0:
         with replacing(path) as temporary:
             try:
-                torch.save({"format": 2, **checkpoint}, temporary)
+                torch.save({"format": 3, **checkpoint}, temporary)
             except RuntimeError as error:  # a full disk
                 raise UserError(f"cannot write {path}: {error}") from error
 
@@ -731,7 +941,7 @@ def read_checkpoint(path, *stages):
         raise UserError(f"{path} does not exist: run the stage before, or name its file") from error
     except Exception as error:  # torch.load raises many kinds
         raise UserError(f"{path} is damaged or is not a checkpoint: write it again") from error
-    if version != 2:
+    if version != 3:
         raise UserError(f"{path} was written by another version of this project: write it again")
     if stages and stage not in stages:
         raise UserError(f"{path} holds: {stage}. This needs: {' or '.join(stages)}")

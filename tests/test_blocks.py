@@ -28,6 +28,7 @@ from blocks import (
     set_subnet,
 )
 
+both_forms = pytest.mark.parametrize("form", ["reparam", "fitted"])
 VIT32 = {"patch_size": 4, "img_size": 32}
 NETWORKS = [
     ("resnet34", {}),
@@ -76,7 +77,7 @@ def randomise(model, batch, strength=1.0):
             module.bias.normal_(std=0.1)
         if isinstance(getattr(module, "gamma", None), nn.Parameter):
             module.gamma.uniform_(0.2, 0.5)
-        if isinstance(module, blocks.Prunable):  # as if fitted
+        if getattr(module, "pruned", None):  # as if fitted
             module.pruned[-1 if module.pruned[-1].weight.ndim > 1 else 0].weight.normal_(std=0.1)
     recalibrate(model, [batch])
     for module in model.modules():
@@ -97,9 +98,9 @@ def assert_same(ours, merged, batch):
     assert (a - b).abs().max() <= 1e-10
 
 
-def check_network(name, model_args, chosen, sizes, strength=1.0):
+def check_network(name, model_args, chosen, sizes, strength=1.0, form="reparam"):
     model = create(name, model_args)
-    names = make_prunable(model)
+    names = make_prunable(model, form)
     set_subnet(model, chosen(names))
     for size in (
         (32,) if {"img_size", "num_heads"} & model_args.keys() else sizes
@@ -113,15 +114,16 @@ def check_network(name, model_args, chosen, sizes, strength=1.0):
     return model
 
 
+@both_forms
 @pytest.mark.parametrize("share", ["all", "half", "none"])
 @pytest.mark.parametrize("name, model_args", NETWORKS, ids=[name for name, _ in NETWORKS])
-def test_merged_network_is_the_trained_one(name, model_args, share):
+def test_merged_network_is_the_trained_one(name, model_args, share, form):
     chosen = {
         "all": lambda names: names,
         "half": lambda names: names[::2],
         "none": lambda names: [],
     }[share]
-    model = check_network(name, model_args, chosen, (32, 33, 47))
+    model = check_network(name, model_args, chosen, (32, 33, 47), form=form)
     # In float32 less random: a deep net with BN parameters that wild amplifies its own rounding
     # errors beyond the bound.
     batch = images(model_args.get("img_size", 47), 16)
@@ -132,12 +134,13 @@ def test_merged_network_is_the_trained_one(name, model_args, share):
     assert (a - b).abs().max() <= 1e-4 * a.std()
 
 
+@both_forms
 @pytest.mark.parametrize("name, model_args", SMALL, ids=[name for name, _ in SMALL])
-def test_other_networks_of_the_families(name, model_args):
+def test_other_networks_of_the_families(name, model_args, form):
     strength = (
         0.5 if name == "efficientnet_b0" else 1.0
     )  # at 1 its logits, and their rounding errors, are in the thousands
-    check_network(name, model_args, lambda names: names, (32, 33), strength)
+    check_network(name, model_args, lambda names: names, (32, 33), strength, form)
 
 
 @pytest.mark.parametrize("name, model_args", SMALL[:4], ids=[name for name, _ in SMALL[:4]])
@@ -263,12 +266,13 @@ BLOCKS = {
 }
 
 
+@both_forms
 @pytest.mark.parametrize("end_act", [True, False])
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_merged_block_is_the_trained_one(kind, end_act):
+def test_merged_block_is_the_trained_one(kind, end_act, form):
     torch.manual_seed(0)
     model = nn.Sequential(BLOCKS[kind]()).double().eval()
-    make_prunable(model, end_act)
+    make_prunable(model, form, end_act)
     set_subnet(model, ["0"])
     for height, width in ((32, 32), (33, 33), (47, 32), (5, 7)):
         batch = torch.randn(4, 8, height, width, dtype=torch.float64)
@@ -281,16 +285,17 @@ def test_merged_block_is_the_trained_one(kind, end_act):
         assert all(conv.weight.is_contiguous() for conv in convs)
 
 
+@both_forms
 @pytest.mark.parametrize("end_act", [True, False])
 @pytest.mark.parametrize("init_values", [None, 0.3])
-def test_merged_vit_block_is_the_trained_one(end_act, init_values):
+def test_merged_vit_block_is_the_trained_one(end_act, init_values, form):
     torch.manual_seed(0)
     model = (
         nn.Sequential(Block(16, 2, qkv_bias=True, qk_norm=True, init_values=init_values))
         .double()
         .eval()
     )
-    make_prunable(model, end_act)
+    make_prunable(model, form, end_act)
     set_subnet(model, ["0"])
     tokens = torch.randn(4, 17, 16, dtype=torch.float64)
     randomise(model, tokens)
@@ -346,7 +351,7 @@ def test_attention_is_a_choice_of_its_own():
     assert torch.equal(model(batch), expected)
     set_subnet(model, ["blocks.1.attn"])
     model(batch)
-    best = inputs @ torch.linalg.lstsq(inputs, outputs).solution
+    best = inputs @ torch.linalg.lstsq(inputs, outputs, driver="gelsd").solution
     torch.testing.assert_close(
         seen[-1][1].flatten(0, 1), best, rtol=0, atol=1e-6 * best.std().item()
     )
@@ -361,7 +366,7 @@ def test_end_activation_is_there_when_asked_for(kind):
     for end_act in (False, True):
         torch.manual_seed(0)
         model = nn.Sequential(BLOCKS[kind]()).double().eval()
-        make_prunable(model, end_act)
+        make_prunable(model, end_act=end_act)
         set_subnet(model, ["0"])
         recalibrate(model, [batch])
         outputs.append(model(batch))
@@ -377,14 +382,14 @@ def test_fit_is_least_squares(kind):
     stays what it was."""
     torch.manual_seed(0)
     model = nn.Sequential(Block(8, 2) if kind == "vit" else BLOCKS[kind]()).double().eval()
-    make_prunable(model, end_act=False)
+    make_prunable(model, "fitted", end_act=False)
     block = model[0]
     block.act2 = nn.Identity()  # what is fitted is before ResNet's end activation
     batch = torch.randn(24, *((17, 8) if kind == "vit" else (8, 9, 9)), dtype=torch.float64)
     randomise(model, batch)
     expected = model(batch)
     inputs, outputs = (
-        block.linear_inputs(batch),
+        block.linear_inputs(block.skip_part(batch) if block.serial else batch),
         blocks.pixel_rows(block.linear_part(batch) - block.skip_part(batch)),
     )
     inputs = nn.functional.pad(inputs, (0, 1), value=1.0)
@@ -403,7 +408,7 @@ def test_fit_survives_inputs_that_tell_nothing(name, model_args):
     """Grey images, fewer than unknowns: systems as singular as they get. Pruned blocks are no worse
     than none."""
     model = create(name, model_args).float()
-    names = make_prunable(model, end_act=False)
+    names = make_prunable(model, "fitted", end_act=False)
     for batch in (torch.zeros(2, 3, 32, 32), images(32, 2).float()):
         set_subnet(model, [])
         expected = model(batch)
@@ -417,15 +422,17 @@ def test_fit_survives_inputs_that_tell_nothing(name, model_args):
         assert (fitted - expected).norm() <= 1.01 * (model(batch) - expected).norm() + 1e-4
 
 
+@both_forms
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("name, model_args", NETWORKS, ids=[name for name, _ in NETWORKS])
-def test_nothing_pruned_is_timm_bit_for_bit(name, model_args, train):
+def test_nothing_pruned_is_timm_bit_for_bit(name, model_args, train, form):
     theirs = create(name, model_args).float().train(train)
     ours = copy.deepcopy(theirs)
-    names = make_prunable(ours)
+    names = make_prunable(ours, form)
     timm_keys, our_keys = list(theirs.state_dict()), list(ours.state_dict())
     assert [key for key in our_keys if key in timm_keys] == timm_keys
-    assert all(".pruned." in key for key in set(our_keys) - set(timm_keys))
+    new = ".pruned." if form == "fitted" else ".norm_bn."
+    assert all(new in key for key in set(our_keys) - set(timm_keys))
     assert names == list(prunable_blocks(ours)) and len(names) in (12, 16, 18)
     batch = images(32).float()
     for prune, lam in (([], 1.0), (names, 0.0)):
@@ -436,11 +443,13 @@ def test_nothing_pruned_is_timm_bit_for_bit(name, model_args, train):
         assert torch.equal(copy.deepcopy(ours)(batch), expected)
 
 
+@both_forms
+@pytest.mark.parametrize("end_act", [None, True])
 @pytest.mark.parametrize("name, model_args", NETWORKS, ids=[name for name, _ in NETWORKS])
-def test_lam_is_continuous(name, model_args):
+def test_lam_is_continuous(name, model_args, form, end_act):
     """lam close to 0 is close to timm's block, lam close to 1 to the pruned one: nothing jumps."""
     model = create(name, model_args)
-    names = make_prunable(model)
+    names = make_prunable(model, form, end_act)
     set_subnet(model, names)
     randomise(model, images(32, 16))
     outputs = {}
@@ -454,6 +463,73 @@ def test_lam_is_continuous(name, model_args):
     assert (outputs[1] - outputs[0]).abs().max() > 1e-2 * scale
 
 
+# The weights that the paper's form shares with the baseline block, and those that it must not use
+OWN_WEIGHTS = {
+    "basic": ["conv1", "bn1", "conv2", "bn2"],
+    "inverted": ["conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3"],
+    "convnext": ["conv_dw", "norm_bn", "mlp.fc1", "mlp.fc2"],
+    "convnext, conv mlp": ["conv_dw", "norm_bn", "mlp.fc1", "mlp.fc2"],
+    "vit": ["norm_bn", "mlp.fc1", "mlp.fc2", "attn.qkv"],
+}
+
+
+@pytest.mark.parametrize("kind", OWN_WEIGHTS)
+@torch.no_grad()
+def test_the_paper_s_form_is_the_block_s_own_layers(kind):
+    """At lam = 1 a change of the block's own weights changes the pruned output, and the merged
+    network alike. LayerNorm and ResNet's outer taps have no part in it any more."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(8, 2) if kind == "vit" else BLOCKS[kind]()).double().eval()
+    make_prunable(model)
+    set_subnet(model, ["0"])
+    batch = torch.randn(8, *((17, 8) if kind == "vit" else (8, 9, 9)), dtype=torch.float64)
+    randomise(model, batch)
+    before = model(batch)
+    for name in OWN_WEIGHTS[kind]:
+        weight = model[0].get_submodule(name).weight
+        weight += 0.1 * torch.randn_like(weight)
+        after = model(batch)
+        assert (after - before).abs().max() > 1e-3, name
+        assert_same(model, merge(model), batch)
+        before = after
+    if kind == "basic":
+        outer = model[0].conv2.weight
+        centre = outer[:, :, 1, 1].clone()
+        outer.normal_()
+        outer[:, :, 1, 1] = centre
+    for name in ("norm", "norm2"):
+        if isinstance(getattr(model[0], name, None), nn.LayerNorm):
+            getattr(model[0], name).weight.normal_()
+    assert torch.equal(model(batch), before)
+
+
+@pytest.mark.parametrize("kind", ["basic", "inverted", "convnext", "vit"])
+def test_the_form_of_both_is_trained(kind):
+    """Gradients reach the block's own weights in the paper's form, the new layers in the fitted."""
+    for form in ("reparam", "fitted"):
+        model = nn.Sequential(Block(8, 2) if kind == "vit" else BLOCKS[kind]()).double()
+        make_prunable(model, form)
+        set_subnet(model, ["0"])
+        model(torch.randn(8, *((17, 8) if kind == "vit" else (8, 9, 9))).double()).sum().backward()
+        own = [
+            parameter.grad
+            for name, parameter in model.named_parameters()
+            if name.startswith(("0.conv", "0.mlp")) and parameter.grad is not None
+        ]
+        assert bool(own) == (form == "reparam")
+        assert not model[0].pruned or model[0].pruned[0].weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    "name, why", [("seresnet18", "squeeze-excite"), ("convnextv2_atto", "GlobalResponseNormMlp")]
+)
+def test_blocks_whose_own_layers_cannot_merge_are_fitted(name, why):
+    model = create(name, {})
+    make_prunable(model, "reparam")
+    for block in prunable_blocks(model).values():
+        assert block.pruned and why in block.own_obstacle(block)
+
+
 @pytest.mark.parametrize(
     "name, gmacs",
     [
@@ -464,6 +540,7 @@ def test_lam_is_continuous(name, model_args):
     ],
 )
 def test_cost_is_that_of_the_merged_network(name, gmacs):
+    """The same in both forms: one subnet.json serves both."""
     model = timm.create_model(name).to("meta")
     baseline = cost(model, (3, 224, 224))
     assert baseline["macs"] / 1e9 == pytest.approx(gmacs, abs=5e-4)
@@ -478,6 +555,13 @@ def test_cost_is_that_of_the_merged_network(name, gmacs):
     for key in ("params", "macs"):  # every block pays, and savings add up: the search relies on it
         savings = [whole[key] - merged_cost([name])[key] for name in names]
         assert min(savings) > 0 and whole[key] - sum(savings) == everything[key]
+    other = timm.create_model(name).to("meta")
+    make_prunable(other, "fitted")
+    set_subnet(model, names)
+    set_subnet(other, names)
+    merged = merge(model)
+    shapes = {key: value.shape for key, value in merged.state_dict().items()}
+    assert shapes == {key: value.shape for key, value in merge(other).state_dict().items()}
 
 
 def test_cost_where_a_parameter_is_an_input():
@@ -507,7 +591,7 @@ def test_recalibration_takes_what_it_gets():
     """A last batch of one image, which at 32 px is one pixel in the end, is left out; BNs that do
     not run keep their own."""
     model = create("resnet18", {})
-    names = make_prunable(model)
+    names = make_prunable(model, "fitted")
     set_subnet(model, names)
     recalibrate(model, [images(32)])
     first, mean = model(images(32)), model.layer1[0].pruned[1].running_mean.clone()
@@ -600,8 +684,9 @@ def test_blocks_that_cannot_merge_are_named_and_the_others_stay_prunable():
         make_prunable(nn.Sequential(InvertedResidual(8, 8, dw_kernel_size=5, exp_ratio=2)))
 
 
+@both_forms
 @pytest.mark.parametrize("end_act", [True, False])
-def test_the_family_that_the_readme_adds(end_act, monkeypatch):
+def test_the_family_that_the_readme_adds(end_act, form, monkeypatch):
     with open(os.path.join(os.path.dirname(__file__), "..", "README.md"), encoding="utf-8") as file:
         code = re.search(r"```python\n(class PrunableMixerBlock.*?)```", file.read(), re.DOTALL)[1]
     names = vars(blocks) | {"mlp_mixer": timm.models.mlp_mixer}
@@ -611,14 +696,14 @@ def test_the_family_that_the_readme_adds(end_act, monkeypatch):
     nn.init.normal_(model.head.weight)  # timm's are 0
     with torch.no_grad():
         expected = model(images(64))
-        assert make_prunable(model, end_act) == [f"blocks.{i}" for i in range(8)] and torch.equal(
+        assert make_prunable(model, form, end_act) == [f"blocks.{i}" for i in range(8)] and torch.equal(
             model(images(64)), expected
         )
         set_subnet(model, ["blocks.0", "blocks.2"])
         without = (model(images(64)) - expected).norm()
         fit(model, ["blocks.0", "blocks.2"], [images(64)])
         set_subnet(model, ["blocks.0", "blocks.2"])
-        if not end_act:
+        if form == "fitted" and not end_act:
             assert (model(images(64)) - expected).norm() < 0.9 * without
         randomise(model, images(64, 16))
     merged = merge(model)

@@ -108,6 +108,7 @@ def test_of_equal_losses_the_cheaper_subnet_wins(capsys):
     assert search_script.ranked(scores)[-1] == frozenset("ab")
 
 
+@pytest.mark.parametrize("form", ["reparam", "fitted"])
 @pytest.mark.parametrize("fits_in_memory", [True, False])
 @pytest.mark.parametrize(
     "name, attention",
@@ -119,12 +120,12 @@ def test_of_equal_losses_the_cheaper_subnet_wins(capsys):
         ("test_vit", True),
     ],
 )
-def test_scores_are_the_same_bits_in_any_order(name, attention, fits_in_memory):
+def test_scores_are_the_same_bits_in_any_order(name, attention, fits_in_memory, form):
     torch.manual_seed(0)
     model = timm.create_model(
         name, num_classes=4, **({"img_size": 32} if name == "test_vit" else {})
     )
-    names = make_prunable(model, attention=attention)
+    names = make_prunable(model, form, attention=attention)
     fit(model, names, [torch.randn(8, 3, 32, 32)])
     calibration = [torch.randn(4, 3, 32, 32) for _ in range(2)]
     held_out = [(torch.randn(4, 3, 32, 32), torch.randint(4, (4,))) for _ in range(2)]
@@ -147,7 +148,7 @@ def test_scores_are_the_same_bits_in_any_order(name, attention, fits_in_memory):
 
 def test_blocks_that_are_the_same_do_not_run_again():
     model = timm.create_model("test_convnext", num_classes=4)
-    names = make_prunable(model)
+    names = make_prunable(model, "fitted")
     calls = []
     for name, block in prunable_blocks(model).items():
         for conv in (block.conv_dw, block.pruned[0]):  # of one form each

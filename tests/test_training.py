@@ -588,6 +588,7 @@ def test_learning_rate_rises_holds_and_falls(runs, monkeypatch, tmp_path):
     )
 
 
+@pytest.mark.parametrize("form", ["reparam", "fitted"])
 @pytest.mark.parametrize(
     "name, attention",
     [
@@ -598,7 +599,7 @@ def test_learning_rate_rises_holds_and_falls(runs, monkeypatch, tmp_path):
         ("test_vit", True),
     ],
 )
-def test_compiled_blocks_are_compiled_once_per_form(name, attention, monkeypatch):
+def test_compiled_blocks_are_compiled_once_per_form(name, attention, form, monkeypatch):
     """lam changes with every step: a graph for 0, one for 1, one for all between. (Graphs are
     captured, no code is made.)"""
     compile_module = torch.nn.Module.compile
@@ -609,11 +610,11 @@ def test_compiled_blocks_are_compiled_once_per_form(name, attention, monkeypatch
     model = timm.create_model(
         name, num_classes=4, **({"img_size": 32} if name == "test_vit" else {})
     )
-    names = make_prunable(model, attention=attention)
+    names = make_prunable(model, form, attention=attention)
     other = timm.create_model(
         name, num_classes=4, **({"img_size": 32} if name == "test_vit" else {})
     )
-    make_prunable(other, attention=attention)
+    make_prunable(other, form, attention=attention)
     other.load_state_dict(model.state_dict())
     blocks.compile_blocks(model)
     images = torch.randn(2, 3, 32, 32)
