@@ -189,16 +189,20 @@ def main():
     model.to(device, memory_format=torch.channels_last)
     loader = make_loader(data, "train", args.batch_size, device, args.workers, augment=args)
     val = make_loader(data, "val", args.batch_size, device, args.workers, split=True)
-    print(f"{checkpoint['model']}, {len(prune)} blocks pruned, baseline top-1"
+    print(f"{checkpoint['model']}, {len(prune)} blocks pruned, {form} form, baseline top-1"
           f" {checkpoint['baseline']['top1']:.2f} %")
+    fitted = [name for name, block in prunable_blocks(model).items()
+              if name in prune and block.pruned]
+    if form == "reparam" and fitted:
+        print(f"fitted, as their own layers cannot be merged: {' '.join(fitted)}")
     if state:
         print(f"going on after epoch {state['epoch']}")
     else:
         if args.calibrate and args.start == "baseline":
             few = make_loader(data, "train", args.batch_size, device, args.workers,
                               limit=args.calibrate, split=True)
-            for i, name in enumerate(progress_bar(prune, "fit")):  # on the inputs that it will see
-                fit(model, [name], (images for images, _ in few), prune[:i])
+            for i, name in enumerate(progress_bar(fitted, "fit")):  # on what it will get
+                fit(model, [name], (images for images, _ in few), fitted[:i])
         lam = lam_at(0, args.epochs * len(loader), args.transition)
         set_subnet(model, prune, lam)
         few = make_loader(data, "train", args.batch_size, device, limit=1024)

@@ -36,7 +36,7 @@ def test_checkpoints_hold_tensors_and_plain_values(runs):
         ("merged.pt", "merged"),
     ):
         checkpoint = torch.load(runs / name, weights_only=True)
-        assert checkpoint["stage"] == kind and checkpoint["format"] == 2
+        assert checkpoint["stage"] == kind and checkpoint["format"] == 3
     assert sorted(os.listdir(runs)) == [
         "merged.pt",
         "merged.pt2",
@@ -610,8 +610,9 @@ def test_classes_with_several_names(pictures, monkeypatch, tmp_path):
     ]
 
 
-def test_no_end_activation_where_other_blocks_stay(pictures, monkeypatch, tmp_path):
-    """mnasnet_small has blocks that would be dearer when merged, and are not prunable."""
+def test_form_and_end_activation(pictures, monkeypatch, tmp_path, capsys):
+    """The paper's form is trained, with end activations, the fitted one prunes without training.
+    mnasnet_small has blocks that are not prunable: fitted, it has no end activations."""
     monkeypatch.chdir(tmp_path)
     assert (
         stage(
@@ -638,16 +639,18 @@ def test_no_end_activation_where_other_blocks_stay(pictures, monkeypatch, tmp_pa
     (tmp_path / "all.json").write_text(
         json.dumps({"format": 1, "model": "mnasnet_small", "prune": names})
     )
-    assert (
-        stage(
-            monkeypatch, "3_progressive.py", "--subnet", "all.json", "--epochs", 1, "--workers", 0
-        )
-        is None
-    )
-    model = load("runs/subnet.pt")[0]
-    assert all(
-        block.lam == 1 and block.end_act is None for block in blocks.prunable_blocks(model).values()
-    )
+    flags = ["--subnet", "all.json", "--workers", 0, "--calibrate", 64]
+    for form, epochs, end_act in (("fitted", 1, None), (None, 1, True), (None, 0, None)):
+        more = ["--form", form] if form else []  # None: stage 1's, but only where it is trained
+        assert stage(monkeypatch, "3_progressive.py", *flags, *more, "--epochs", epochs) is None
+        model, checkpoint = load("runs/subnet.pt")
+        assert checkpoint["form"] == ("reparam" if end_act else "fitted")
+        for block in blocks.prunable_blocks(model).values():
+            assert block.lam == 1 and (block.end_act is None) == (not end_act)
+            own = checkpoint["form"] == "reparam" and not block.own_obstacle(block)
+            assert (block.pruned is None) == own
+        said = "fitted, as their own layers cannot be merged: " in capsys.readouterr().out
+        assert said == (checkpoint["form"] == "reparam")  # squeeze-excite
 
 
 def test_schedule_of_lam():

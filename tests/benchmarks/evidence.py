@@ -1,17 +1,20 @@
-"""Does progressive depth pruning beat direct pruning? One supernet's subnets, trained in several
-ways by stage 3.
+"""Does progressive depth pruning beat direct pruning, and the fitted form the paper's? One
+supernet's subnets, trained in several ways by stage 3.
 
     python tests/benchmarks/evidence.py --supernet runs/supernet.pt --out runs/evidence --seeds 0 \\
-        1 2 --epochs 4 --lr 1e-3
+        1 2 --epochs 4 --lrs 3e-4 1e-3 3e-3 --transitions 0.25 0.5
     # only these
-    python tests/benchmarks/evidence.py --rows progressive "no soft labels" --thirds 2
+    python tests/benchmarks/evidence.py --rows "reparam, progressive" "no soft labels" --thirds 2
 
-A third, two thirds and all of the prunable blocks, as stage 2 picks them. Flags that this script
-does not know go to every run of stage 3, but where they are what the row is about. Runs that are in
---out already are not repeated, one that was stopped goes on: other flags need another --out.
+A third, two thirds and all of the prunable blocks, as stage 2 picks them, the same for all rows.
+--lrs, --transitions: each form, and the control, has the best of them on a seed of its own,
+--tune-seed, with two thirds of the blocks pruned. Flags that this script does not know go to every
+run of stage 3, but where they are what the row is about. Runs that are in --out already are not
+repeated, one that was stopped goes on: other flags need another --out.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -37,22 +40,28 @@ from blocks import (
 
 ROWS = {  # which blocks, and what is added to stage 3's flags
     "control": ("none", []),  # the baseline, trained on for as long and in the same way
-    "direct": ("searched", ["--transition", "0"]),
-    "progressive": ("searched", []),
-    "from scratch": ("searched", ["--start", "random", "--transition", "0"]),
-    "progressive, random blocks": ("random", []),
+    "reparam, direct": ("searched", ["--form", "reparam", "--transition", "0"]),
+    "reparam, progressive": ("searched", ["--form", "reparam"]),
+    "fitted, direct": ("searched", ["--form", "fitted", "--transition", "0"]),
+    "fitted, progressive": ("searched", ["--form", "fitted"]),
+    "from scratch": ("searched", ["--form", "reparam", "--start", "random", "--transition", "0"]),
+    "reparam, random blocks": ("random", ["--form", "reparam"]),
     # ablations
-    "no soft labels": ("searched", ["--distill", "0"]),
-    "not fitted": ("searched", ["--calibrate", "0"]),
-    "not fitted, direct": ("searched", ["--calibrate", "0", "--transition", "0"]),
-    "end activation": ("searched", ["--end-act"]),
-    "no end activation": ("searched", ["--no-end-act"]),
+    "reparam, no soft labels": ("searched", ["--form", "reparam", "--distill", "0"]),
+    "reparam, end activation": ("searched", ["--form", "reparam", "--end-act"]),
+    "reparam, no end activation": ("searched", ["--form", "reparam", "--no-end-act"]),
+    "fitted, not fitted": ("searched", ["--form", "fitted", "--calibrate", "0"]),
+    "fitted, end activation": ("searched", ["--form", "fitted", "--end-act"]),
+    "fitted, no end activation": ("searched", ["--form", "fitted", "--no-end-act"]),
 }
 parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 parser.add_argument("--supernet", default="runs/supernet.pt")
 parser.add_argument("--out", default="runs/evidence", help="folder for all files")
 parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS)[:5])
+parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS)[:7])
+parser.add_argument("--lrs", type=float, nargs="+", help="learning rates to choose from")
+parser.add_argument("--transitions", type=float, nargs="+", help="of the progressive rows")
+parser.add_argument("--tune-seed", type=int, default=9)
 parser.add_argument(
     "--thirds",
     type=int,
@@ -100,44 +109,66 @@ def main():
         )
     write("none-0.json", [])
 
-    results = {}  # (row, number of blocks) -> top-1 for each seed
-    for seed in args.seeds:
+    def train(row, size, seed, *flags):
+        """The file of a subnet that stage 3 trains, and its top-1."""
+        kind = ROWS[row][0]
+        chosen = f"{kind}-{size}-{seed}.json" if kind == "random" else f"{kind}-{size}.json"
+        if kind == "random":
+            write(chosen, random.Random(seed).sample(blocks, size))
+        words = map(str, (row, size, seed, *flags))
+        out = path("-".join(word.lstrip("-") for word in words) + ".pt")
+        if not os.path.exists(out):
+            print(f"\n{row}, {size} of {len(blocks)}, seed {seed} {flags}", flush=True)
+            flags = (*more, *flags, *ROWS[row][1])
+            inputs = ("--supernet", args.supernet, "--subnet", path(chosen))
+            stage(
+                "3_progressive.py",
+                *inputs,
+                "--seed",
+                seed,
+                "--device",
+                args.device,
+                *flags,
+                "--resume",
+                "--out",
+                out,
+            )
+        return out, read_checkpoint(out, "subnet")["subnet"]["top1"]
+
+    @functools.cache
+    def tuned(form):
+        """The best flags for a form, or the control, on a seed of its own."""
+        flags = []
+        for flag, values, row in (
+            ("--lr", args.lrs, f"{form}, direct"),
+            ("--transition", args.transitions, f"{form}, progressive"),
+        ):
+            if values and (flag == "--lr" or form != "control"):
+                row, size = ("control", 0) if form == "control" else (row, sizes[1])
+                scores = {
+                    value: train(row, size, args.tune_seed, *flags, flag, value)[1]
+                    for value in values
+                }
+                flags += [flag, max(scores, key=scores.get)]
+                print(f"{form}: {flag} {scores}", flush=True)
+        return flags
+
+    results, files = {}, {}  # (row, number of blocks) -> top-1, file for each seed
+    for seed, third in itertools.product(args.seeds, (2, 3, 1)):
         for row in args.rows:
-            kind, flags = ROWS[row]
-            thirds = args.thirds or ((1, 2, 3) if row in list(ROWS)[:3] else (2,))
-            for size in [0] if kind == "none" else [sizes[third - 1] for third in thirds]:
-                chosen = f"{kind}-{size}-{seed}.json" if kind == "random" else f"{kind}-{size}.json"
-                if kind == "random":
-                    write(chosen, random.Random(seed).sample(blocks, size))
-                out = path(f"{row}-{size}-{seed}.pt")
-                if not os.path.exists(out):
-                    print(f"\n{row}, {size} of {len(blocks)}, seed {seed}", flush=True)
-                    stage(
-                        "3_progressive.py",
-                        "--supernet",
-                        args.supernet,
-                        "--subnet",
-                        path(chosen),
-                        "--seed",
-                        seed,
-                        "--device",
-                        args.device,
-                        *more,
-                        *flags,
-                        "--resume",
-                        "--out",
-                        out,
-                    )
-                results.setdefault((row, size), []).append(
-                    read_checkpoint(out, "subnet")["subnet"]["top1"]
-                )
+            form = row.split(",")[0].replace("from scratch", "reparam")
+            thirds = args.thirds or ((1, 2, 3) if row in list(ROWS)[:5] else (2,))
+            size = 0 if row == "control" else sizes[third - 1]
+            if third in thirds and not (row == "control" and third != thirds[0]):
+                out, top1 = train(row, size, seed, *tuned(form))
+                results.setdefault((row, size), []).append(top1)
+                files.setdefault((row, size), []).append(out)
 
     # Costs and latencies of the merged networks, in turns: of all seeds' where the blocks are
     # random, else of one, as the rows of a size differ in their weights only (and an end
     # activation)
-    files, shared = {}, {}
-    for row, size in results:
-        of_seeds = [path(f"{row}-{size}-{seed}.pt") for seed in args.seeds]
+    shared = {}
+    for (row, size), of_seeds in files.items():
         files[row, size] = (
             of_seeds if "random" in row else [shared.setdefault(size, of_seeds[0])] if size else []
         )
@@ -160,10 +191,12 @@ def main():
             f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         )
 
+    chosen = {form: tuned(form) for form in ("control", "reparam", "fitted")}
     print(
-        f"\n{checkpoint['model']} at {input_size[-1]} px, baseline {checkpoint['baseline']['top1']:.2f} %; seeds {args.seeds},"
-        f" {' '.join(more)}; latency of {args.latency_batch} images on {args.device}, {torch.get_num_threads()} threads,"
-        f" torch {torch.__version__}; baseline with BN folded {seconds[1] * 1e3:.2f} ms\n"
+        f"\n{checkpoint['model']} at {input_size[-1]} px, baseline"
+        f" {checkpoint['baseline']['top1']:.2f} %; seeds {args.seeds}, {' '.join(more)}, {chosen};"
+        f" latency of {args.latency_batch} images on {args.device}, {torch.get_num_threads()}"
+        f" threads, torch {torch.__version__}; baseline with BN folded {seconds[1] * 1e3:.2f} ms\n"
     )
     rows = []
     for (row, size), top1 in results.items():
@@ -200,8 +233,16 @@ def main():
         ),
         rows,
     )
-    for size in sizes:
-        pair = [results.get((row, size)) for row in ("progressive", "direct")]
+    for size, (better, worse) in itertools.product(
+        sizes,
+        (
+            ("reparam, progressive", "reparam, direct"),
+            ("fitted, progressive", "fitted, direct"),
+            ("reparam, progressive", "fitted, direct"),
+            ("reparam, direct", "fitted, direct"),
+        ),
+    ):
+        pair = [results.get((row, size)) for row in (better, worse)]
         if all(pair):
             gains = [a - b for a, b in zip(*pair)]
             error = (
@@ -210,7 +251,8 @@ def main():
                 else ""
             )
             print(
-                f"progressive minus direct, {size} of {len(blocks)}: {statistics.mean(gains):+.2f}{error}"
+                f"{better} minus {worse}, {size} of {len(blocks)}:"
+                f" {statistics.mean(gains):+.2f}{error}"
             )
 
 
