@@ -6,8 +6,8 @@ loader and optimiser.
     python tests/benchmarks/throughput.py --model convnext_tiny --data-dir imagenette --img-size \\
         224 --device cuda --amp --batch-size 128
 
-Stage 3 with nothing pruned (lam = 0) and with everything pruned (lam = 1) does one pass per step
-like the plain loop; stage 1 does a forward and backward pass for each of its subnets.
+Stage 3 with nothing pruned (lam = 0), with everything pruned (lam = 1) or in transition does one
+pass per step like the plain loop; stage 1 does a forward and backward pass for each of its subnets.
 """
 
 import argparse
@@ -91,15 +91,15 @@ def main():
     data = first.describe_images(args)
     baseline, *_ = first.make_baseline(args, data)
     baseline.to(device, memory_format=torch.channels_last)
-    prunable = copy.deepcopy(baseline)
-    names = make_prunable(prunable)
+    prunable = {form: copy.deepcopy(baseline) for form in ("reparam", "fitted")}
+    names = [make_prunable(model, form) for form, model in prunable.items()][0]
     loader = make_loader(data, "train", args.batch_size, device, args.workers, augment=args)
     val = [next(iter(make_loader(data, "val", args.batch_size, device)))]  # is not timed
 
-    def supernet():
+    def supernet(form):
         rows = []
         first.train(
-            copy.deepcopy(prunable),
+            copy.deepcopy(prunable[form]),
             names,
             loader,
             range(1),
@@ -110,7 +110,7 @@ def main():
         )
         return rows[0]["images_per_s"]
 
-    def progressive(prune, distill):
+    def progressive(form, prune, transition=0, distill=0):
         with tempfile.TemporaryDirectory() as folder:
             out = os.path.join(folder, "net.pt")
             flags = third.parser.parse_args(
@@ -118,7 +118,7 @@ def main():
                     "--epochs",
                     "1",
                     "--transition",
-                    "0",
+                    str(transition),
                     "--distill",
                     str(distill),
                     "--out",
@@ -126,18 +126,26 @@ def main():
                     *shared,
                 ]
             )
-            third.train(copy.deepcopy(prunable), baseline.eval(), prune, loader, val, flags, None)
+            model = copy.deepcopy(prunable[form])
+            third.train(model, baseline.eval(), prune, loader, val, flags, None)
             with open(os.path.join(folder, "net.csv"), encoding="utf-8") as file:
                 return float(next(csv.DictReader(file))["images_per_s"])
 
     passes = 4  # largest, smallest, two random ones
     kinds = {  # images/s, and the passes per step that count against it
         "plain loop": (lambda: plain_epoch(copy.deepcopy(baseline), loader, args), 1),
-        "stage 3, lam = 0": (lambda: progressive([], 0), 1),
-        "stage 3, lam = 1, all pruned": (lambda: progressive(names, 0), 1),
-        "stage 3, lam = 1, with soft labels": (lambda: progressive(names, 0.5), 1),
-        f"stage 1, {passes} passes per step": (supernet, passes),
+        "stage 3, lam = 0": (lambda: progressive("reparam", []), 1),
     }
+    for form in prunable:
+        kinds |= {
+            f"{form}, lam between": (lambda form=form: progressive(form, names, 1), 1),
+            f"{form}, lam = 1": (lambda form=form: progressive(form, names), 1),
+            f"{form}, lam = 1, with soft labels": (
+                lambda form=form: progressive(form, names, 0, 0.5),
+                1,
+            ),
+            f"{form}, stage 1, {passes} passes": (lambda form=form: supernet(form), passes),
+        }
     speeds = {name: [] for name in kinds}
     stdout, sys.stdout = sys.stdout, sys.stderr  # the stages' own lines
     for _ in range(ours.rounds + 1):
