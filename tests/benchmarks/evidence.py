@@ -7,8 +7,8 @@ supernet's subnets, trained in several ways by stage 3.
     python tests/benchmarks/evidence.py --rows "reparam, progressive" "no soft labels" --thirds 2
 
 A third, two thirds and all of the prunable blocks, as stage 2 picks them, the same for all rows.
---lrs, --transitions: each form, and the control, has the best of them on a seed of its own,
---tune-seed, with two thirds of the blocks pruned. Flags that this script does not know go to every
+--lrs: each form, and the control, has the best of them on a seed of its own, --tune-seed, with two
+thirds of the blocks pruned; --transitions: likewise, for the paper's form. Flags that this script does not know go to every
 run of stage 3, but where they are what the row is about. Runs that are in --out already are not
 repeated, one that was stopped goes on: other flags need another --out.
 """
@@ -60,7 +60,7 @@ parser.add_argument("--out", default="runs/evidence", help="folder for all files
 parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
 parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS)[:7])
 parser.add_argument("--lrs", type=float, nargs="+", help="learning rates to choose from")
-parser.add_argument("--transitions", type=float, nargs="+", help="of the progressive rows")
+parser.add_argument("--transitions", type=float, nargs="+", help="of the reparam form")
 parser.add_argument("--tune-seed", type=int, default=9)
 parser.add_argument(
     "--thirds",
@@ -143,7 +143,7 @@ def main():
             ("--lr", args.lrs, f"{form}, direct"),
             ("--transition", args.transitions, f"{form}, progressive"),
         ):
-            if values and (flag == "--lr" or form != "control"):
+            if values and (flag == "--lr" or form == "reparam"):
                 row, size = ("control", 0) if form == "control" else (row, sizes[1])
                 scores = {
                     value: train(row, size, args.tune_seed, *flags, flag, value)[1]
