@@ -65,6 +65,9 @@ flag("--data-dir", metavar="DIR",
 flag("--dataset", default="", help="a timm data set instead of a folder: torch/cifar10, hfds/...")
 flag("--dataset-download", action="store_true", help="let it download itself into --data-dir")
 flag("--num-classes", type=at_least(2), help="number of classes, where the data set cannot tell")
+flag("--class-map", metavar="FILE",
+     help="class folders in the order of the weights' classes, a name per line, of which the data"
+          " may have some only; timm's imagenet_synsets.txt is found by its name")
 flag("--img-size", type=at_least(1), help="height and width (None: the model's; 32 for shapes)")
 # training
 flag("--baseline-epochs", type=at_least(0), help="of the baseline (None: 10, or 0 if weights fit)")
@@ -146,6 +149,30 @@ def draw_shapes(root, train=2000, val=500, size=32):
         shutil.rmtree(temporary)
 
 
+def read_class_map(args):
+    """The names of --class-map, of the network's classes in their order. UserError where images
+    would be left out, as their folder is not among them."""
+    paths = [args.class_map, os.path.join(os.path.dirname(timm.data.__file__), "_info",
+                                          os.path.basename(args.class_map))]
+    path = next(filter(os.path.isfile, paths), None)
+    if args.dataset or not args.data_dir:
+        raise UserError("--class-map is for the class folders of --data-dir")
+    if not path:
+        raise UserError(f"--class-map {args.class_map} does not exist, and timm has none")
+    with open(path, encoding="utf-8") as file:
+        names = file.read().split("\n")
+    names = [name.strip() for name in names if name.strip()]
+    if len(set(names)) < len(names):
+        raise UserError(f"{path} names a class twice: it needs one class folder per line")
+    for part in ("train", "val"):
+        root = os.path.join(args.data_dir, part)
+        folders = [entry.name for entry in os.scandir(root) if entry.is_dir()] \
+            if os.path.isdir(root) else []
+        if unknown := sorted(set(folders) - set(names)):
+            raise UserError(f"{root} has folders that are not in {path}: {', '.join(unknown[:5])}")
+    return names
+
+
 def describe_images(args):
     """The part of the checkpoint by which later stages find the images: `data`. The tenth that is
     held back is chosen here, once."""
@@ -155,6 +182,8 @@ def describe_images(args):
         draw_shapes(data_dir)
     data = {"dataset": args.dataset, "data_dir": os.path.abspath(data_dir),
             "download": args.dataset_download, "seed": args.seed}
+    if args.class_map:
+        data["classes"] = read_class_map(args)
     train, val = open_dataset(data, "train"), open_dataset(data, "val")
     source = getattr(train, "reader", train)  # torchvision's ImageNet has several names for a class
     numbers = getattr(source, "wnid_to_idx", None) or getattr(source, "class_to_idx", {})
@@ -302,7 +331,7 @@ def train(model, blocks, loader, epochs, args, report, keep, state):
 
 
 def main():
-    args, device, state = start(parser, "checkpoint")
+    args, device, state = start(parser, "checkpoint", "class_map")
     random_seed(args.seed)
     rank, world = processes()
     if rank > 0:  # the first process draws or downloads what is not there yet
@@ -356,17 +385,19 @@ def main():
         started = time.time()
         few = make_loader(data, "train", args.batch_size, device, args.workers,
                           limit=args.calibrate, split=True)
-        fit(model, blocks, (images for images, _ in few))
+        fit(model, blocks, (images for images, _ in few), in_turn=False)
         print(f"fitted {len(fitted)} blocks on {len(few.dataset) * world} training images in"
               f" {time.time() - started:.1f} s", flush=True)
     few = make_loader(data, "train", args.batch_size, device, limit=1024)
-    calibration = [images for images, _ in few]
+    trained = args.epochs or not args.calibrate  # a fit has set the statistics of its own
+    calibration = [images for images, _ in few] if trained else []
 
     def report(model):  # each subnet with BN statistics of its own; the largest's stay
         top1 = []
         for prune in (blocks, []):
             set_subnet(model, prune)
-            recalibrate(model, calibration)
+            if trained:
+                recalibrate(model, calibration)
             top1.append(evaluate(model, val, split=True)["top1"])
         return {"top1": top1[1], "top1_smallest": top1[0]}
 

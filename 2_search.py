@@ -16,9 +16,9 @@ what --resume goes on from.
     torchrun --nproc-per-node 8 2_search.py --workers 8  # shares the candidates out
 
 Budgets hold for the merged network. A candidate's score is its loss on training images that stage 1
-held back, after its BN statistics were recalibrated, always from scratch and on the same images: no
-score depends on what was scored before. Where no more subnets keep to the budget than would be
-scored anyway, all of them are, and the best is the true optimum.
+held back, after the BN statistics of a trained supernet were recalibrated, always from scratch and
+on the same images: no score depends on what was scored before. Where no more subnets keep to the
+budget than would be scored anyway, all of them are, and the best is the true optimum.
 """
 import argparse
 import contextlib
@@ -37,7 +37,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from blocks import (BatchNorm, UserError, at_least, build, cost, evaluate, finish, latencies,
+from blocks import (UserError, at_least, build, cost, evaluate, finish, latencies,
                     make_loader, merge, print_table, processes, progress_bar, prunable_blocks,
                     read_checkpoint, read_subnet, recalibrate, replacing, run, save, save_csv,
                     set_subnet, start)
@@ -266,9 +266,9 @@ def make_score(model, blocks, calibration, held_out, room=2**31):
             same = next((i for i in range(len(blocks)) if forms[i] != before[i]), len(blocks))
         before = forms
         set_subnet(model, candidate)
-        still = [norm for module in list(modules.values())[:same] for norm in module.modules()
-                 if isinstance(norm, BatchNorm)]
-        recalibrate(model, numbered(calibration, 0), still)
+        if calibration:
+            still = {norm for module in list(modules.values())[:same] for norm in module.modules()}
+            recalibrate(model, numbered(calibration, 0), set(model.modules()) - still)
         return evaluate(model, numbered(held_out, len(calibration)))
     return score
 
@@ -392,7 +392,10 @@ def main():
     few = len(held_out.dataset)
     if few < 200:
         print(f"only {few} held-out images: one of them is {100 / few:.1f} points of top-1")
-    score_alone = make_score(model, blocks, [images for images, _ in some], list(held_out))
+    # Of an untrained supernet all statistics are the baseline's and the fit's own: they are right
+    trained = checkpoint["flags"]["epochs"] or not checkpoint["flags"]["calibrate"]
+    calibration = [images for images, _ in some] if trained else []
+    score_alone = make_score(model, blocks, calibration, list(held_out))
 
     def score(candidate):
         saved = {key: sum(savings[name][key] for name in blocks if name in candidate)

@@ -198,15 +198,17 @@ def main():
     if state:
         print(f"going on after epoch {state['epoch']}")
     else:
-        if args.calibrate and args.start == "baseline":
+        ready = fitted if args.calibrate and args.start == "baseline" else []
+        if ready:
             few = make_loader(data, "train", args.batch_size, device, args.workers,
                               limit=args.calibrate, split=True)
-            for i, name in enumerate(progress_bar(fitted, "fit")):  # on what it will get
-                fit(model, [name], (images for images, _ in few), fitted[:i])
+            fit(model, ready, (images for images, _ in few))
         lam = lam_at(0, args.epochs * len(loader), args.transition)
         set_subnet(model, prune, lam)
         few = make_loader(data, "train", args.batch_size, device, limit=1024)
-        recalibrate(model, (images for images, _ in few))
+        new = {norm for name, block in prunable_blocks(model).items() for norm in block.modules()
+               if name in prune and name not in ready}
+        recalibrate(model, (images for images, _ in few), new)  # all others are right as they are
         result = evaluate(model, val, split=True)
         print(f"at the start, with lam {lam:.3f}, top-1 {result['top1']:.2f} %", flush=True)
     if args.epochs:

@@ -31,6 +31,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import functools
 import glob
 import itertools
 import json
@@ -38,6 +39,7 @@ import math
 import os
 import random
 import sys
+import threading
 import zlib
 
 import numpy as np
@@ -287,9 +289,9 @@ class Prunable:
         first = self.pruned[0]
         return pixel_rows(x) if isinstance(first, BatchNorm) else patches(first, x)
 
-    def linear_part(self, x):
+    def linear_part(self, x, **attn_args):
         """The baseline block's output, which `fit` makes pruned(x) + skip_part(x) reproduce."""
-        return super().forward(x)
+        return super().forward(x, **attn_args)
 
     @torch.no_grad()
     def set_linear(self, weight, bias, mean, covariance):
@@ -585,7 +587,7 @@ class PrunableAttention(Prunable, vision_transformer.Attention):
         return blend(lambda: super(Prunable, self).forward(x, **attn_args),
                      lambda: on_rows(self.pruned, x), self.lam)
 
-    def skip_part(self, x):
+    def skip_part(self, x, **attn_args):
         return 0
 
     def merged(self):
@@ -690,15 +692,16 @@ def merge(model):
 
 
 @torch.no_grad()
-def recalibrate(model, batches, leave=()):
-    """Sets the statistics of every BN that runs to the average over `batches` (an iterable of
-    images), whatever they were before. Leaves the model in eval mode, and the BNs `leave` alone.
+def recalibrate(model, batches, norms=None):
+    """Sets the statistics of the BNs `norms` (None: of all) to the average over `batches` (an
+    iterable of images), whatever they were before; those of BNs that do not run stay. Leaves the
+    model in eval mode.
 
     Like torch.optim.swa_utils.update_bn, but only the BNs are in train mode: drop-path and dropout
     stay off."""
     model.eval()
     norms = {module: module.momentum for module in model.modules()
-             if isinstance(module, BatchNorm) and module not in leave}
+             if isinstance(module, BatchNorm) and (norms is None or module in norms)}
     for bn in norms:
         bn.running_mean.nan_to_num_(0, 0, 0)  # the average starts with 0 times it, NaN would stay
         bn.running_var.nan_to_num_(0, 0, 0)
@@ -713,52 +716,89 @@ def recalibrate(model, batches, leave=()):
         bn.eval()
 
 
+def with_pauses(function):
+    """A generator that runs function(pause): each pause() is a yield. Here a forward pass can stop
+    between two blocks, as it runs in a thread of its own, but never beside another."""
+    go, stopped, errors = threading.Semaphore(0), threading.Semaphore(0), []
+
+    def pause():
+        stopped.release()
+        go.acquire()
+
+    def body():
+        go.acquire()
+        try:
+            function(pause)
+        except BaseException as error:
+            errors.append(error)
+        stopped.release()
+
+    thread = threading.Thread(target=body, daemon=True)
+    thread.start()
+    while True:
+        go.release()
+        stopped.acquire()
+        if errors:
+            raise errors[0]
+        yield
+
+
 @torch.no_grad()
-def fit(model, names, batches, pruned=(), ridge=1e-2, pixels=8192):
+def fit(model, names, batches, in_turn=True, ridge=1e-2, pixels=8192):
     """Solves the fitted form of each block in `names` (of the paper's form there is nothing to
     solve), by least squares on `batches` (an iterable of images): its output is to reproduce that
-    of the block in the unpruned network, on the inputs that it gets while the blocks `pruned` are
-    pruned: a fit also corrects the errors of those before it. Nothing else in the model changes;
-    all blocks are left at lam = 0.
+    of the block in the unpruned network. Nothing else in the model changes; all blocks are left at
+    lam = 0.
+
+    in_turn: on the inputs that a block gets while those of `names` before it are pruned, so that
+    each fit also corrects the errors of those before. The unpruned and the pruned network go
+    through the blocks together, as two halves of each batch, and all batches wait at a block until
+    it is solved: two forward passes, but the activations of all images are in memory. Else on the
+    unpruned network's inputs.
 
     The normal equations are summed up in float64, over all processes, from at most `pixels` output
     pixels (or tokens) of a batch: memory does not grow with the number of batches. `ridge`, a share
     of each input's variance, pulls towards a block that is its skip alone. (ReplaceMe, NeurIPS
     2025, fits linear maps in the place of language models' blocks.)"""
-    blocks, sums, rng = prunable_blocks(model), {}, torch.Generator().manual_seed(0)
-    names = [name for name in names if blocks[name].pruned]
+    todo = [block for name, block in prunable_blocks(model).items() if name in names
+            and block.pruned]
+    sums = {block: [0, 0, torch.Generator().manual_seed(0)] for block in todo}
 
     class Reached(Exception):
-        pass
+        """The rest of the network need not run."""
 
-    def inputs_of_blocks(images, pruned):
-        def hook(block, args):
-            seen[block] = args[0]
-            if len(seen) == len(names):  # the rest of the network need not run
-                raise Reached
+    def half(x, i):
+        return x.chunk(2)[i] if in_turn and torch.is_tensor(x) else x
 
-        seen, hooks = {}, [blocks[name].register_forward_pre_hook(hook) for name in names]
-        set_subnet(model, pruned)
-        with contextlib.suppress(Reached):
-            model(images)
-        for handle in hooks:
-            handle.remove()
-        return seen
+    def visit(block, x, **kwargs):  # runs in place of the block
+        skip = block.skip_part(x, **kwargs)
+        inside = skip if block.serial else x
+        if block.serial:
+            wanted = half(skip, 0) + block.own_layers(half(inside, 0), 0)
+        else:
+            wanted = block.linear_part(half(x, 0), **kwargs)
+        skip, inside = half(skip, 1), half(inside, 1)
+        inputs, outputs = block.linear_inputs(inside), pixel_rows(wanted - skip)
+        gram, cross, rng = sums[block]
+        some = torch.randperm(len(inputs), generator=rng)[:pixels].to(x.device)
+        inputs = F.pad(inputs[some].double(), (0, 1), value=1.0)  # a constant, for the bias
+        sums[block] = gram + inputs.T @ inputs, cross + inputs.T @ outputs[some].double(), rng
+        if block is todo[-1]:
+            raise Reached
+        del inputs, outputs, gram, cross
+        if in_turn:
+            thread.pause()
+        wanted = wanted if block.end_act else block.finish(wanted)  # a ResNet's own activation
+        if not in_turn:
+            return wanted
+        return torch.cat([wanted, block.finish(skip + on_rows(block.pruned, inside))])
 
-    model.eval()
-    for images in batches if names else ():
-        seen = inputs_of_blocks(images, [])
-        wanted = {block: block.linear_part(x) for block, x in seen.items()}
-        for block, x in (inputs_of_blocks(images, pruned) if pruned else seen).items():
-            skip = block.skip_part(x)
-            inputs = block.linear_inputs(skip if block.serial else x)
-            outputs = pixel_rows(wanted[block] - skip)
-            some = torch.randperm(len(inputs), generator=rng)[:pixels].to(x.device)
-            inputs = F.pad(inputs[some].double(), (0, 1), value=1.0)  # a constant, for the bias
-            gram, cross = sums.get(block, (0, 0))
-            sums[block] = gram + inputs.T @ inputs, cross + inputs.T @ outputs[some].double()
-    set_subnet(model, [])
-    for block, (gram, cross) in sums.items():
+    def forward(images):
+        with contextlib.suppress(Reached), torch.no_grad():  # a thread has its own grad mode
+            model(torch.cat([images, images]) if in_turn else images)
+
+    def solve(block):
+        gram, cross, _ = sums.pop(block)
         average([gram, cross])
         gram, cross = gram / gram[-1, -1], cross / gram[-1, -1]
         mean, bias = gram[-1, :-1], cross[-1]
@@ -767,6 +807,29 @@ def fit(model, names, batches, pruned=(), ridge=1e-2, pixels=8192):
         system = gram * scale * scale.T + ridge * torch.eye(len(gram)).to(gram)
         weight = scale * torch.linalg.solve(system, cross * scale)
         block.set_linear(weight.T, bias, mean, gram)
+
+    thread, walks = threading.local(), []
+    model.eval()
+    set_subnet(model, [])
+    for block in todo:
+        block.forward = functools.partial(visit, block)
+    try:
+        for images in progress_bar(batches, "fit") if todo else ():
+            if in_turn:
+                def walk(pause, images=images):
+                    thread.pause = pause
+                    forward(images)
+                walks.append(with_pauses(walk))
+                next(walks[-1])  # to the first block
+            else:
+                forward(images)
+        for block in progress_bar(todo, "fit", unit="block"):
+            solve(block)
+            for walk in walks if block is not todo[-1] else ():
+                next(walk)
+    finally:
+        for block in todo:
+            del block.forward
 
 
 @torch.no_grad()

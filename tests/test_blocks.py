@@ -347,7 +347,7 @@ def test_attention_is_a_choice_of_its_own():
     model(batch)
     inputs, outputs = (rows.flatten(0, 1) for rows in seen[0])
     inputs = nn.functional.pad(inputs, (0, 1), value=1.0)
-    fit(model, names, batch.split(8), ridge=1e-10)
+    fit(model, names, batch.split(8), in_turn=False, ridge=1e-10)
     assert torch.equal(model(batch), expected)
     set_subnet(model, ["blocks.1.attn"])
     model(batch)
@@ -400,6 +400,44 @@ def test_fit_is_least_squares(kind):
         set_subnet(model, ["0"])
         assert (model(batch) - expected).square().mean() == pytest.approx(best.item(), rel=1e-6)
         assert_same(model, merge(model), batch)
+
+
+@pytest.mark.parametrize("attention", [False, True])
+@pytest.mark.parametrize("name, model_args", SMALL[:4], ids=[name for name, _ in SMALL[:4]])
+@torch.no_grad()
+def test_fit_in_turn_is_least_squares_on_what_each_block_will_get(name, model_args, attention):
+    """One walk through the network, against solving each block in the pruned network."""
+    attention = attention and name == "test_vit"
+    model, batch = create(name, model_args), images(32, 24)
+    names = make_prunable(model, "fitted", end_act=False, attention=attention)[::2]
+    seen, found = {}, prunable_blocks(model)
+    for key in names:
+        found[key].act2 = nn.Identity()  # what is fitted is before ResNet's end activation
+        found[key].register_forward_hook(
+            lambda block, args, output, key=key: seen.update({key: (args[0], output)})
+        )
+    unpruned = model(batch)
+    wanted = {key: output for key, (_, output) in seen.items()}
+    fit(model, names, batch.split(10), ridge=1e-12)
+    assert torch.equal(model(batch), unpruned)
+    set_subnet(model, names)
+    model(batch)
+    for key, (x, output) in seen.items():
+        skip = found[key].skip_part(x)
+        rows = found[key].linear_inputs(skip if found[key].serial else x)
+        rows = nn.functional.pad(rows, (0, 1), value=1.0)
+        target = blocks.pixel_rows(wanted[key] - skip)
+        best = rows @ torch.linalg.lstsq(rows, target, driver="gelsd").solution
+        error = (blocks.pixel_rows(output - skip) - target).square().mean()
+        assert error <= 1.0001 * (best - target).square().mean() + 1e-9 * target.square().mean()
+
+
+def test_an_error_inside_the_fit_is_the_caller_s():
+    model = create("test_resnet", {})
+    names = make_prunable(model, "fitted")
+    with pytest.raises(RuntimeError, match="channels"):
+        fit(model, names, [images(32), torch.zeros(2, 5, 32, 32, dtype=torch.float64)])
+    assert model(images(32)).shape == (4, 10)
 
 
 @pytest.mark.parametrize("name, model_args", SMALL, ids=[name for name, _ in SMALL])
@@ -696,9 +734,9 @@ def test_the_family_that_the_readme_adds(end_act, form, monkeypatch):
     nn.init.normal_(model.head.weight)  # timm's are 0
     with torch.no_grad():
         expected = model(images(64))
-        assert make_prunable(model, form, end_act) == [f"blocks.{i}" for i in range(8)] and torch.equal(
-            model(images(64)), expected
-        )
+        assert make_prunable(model, form, end_act) == [
+            f"blocks.{i}" for i in range(8)
+        ] and torch.equal(model(images(64)), expected)
         set_subnet(model, ["blocks.0", "blocks.2"])
         without = (model(images(64)) - expected).norm()
         fit(model, ["blocks.0", "blocks.2"], [images(64)])

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import timm
@@ -651,6 +652,60 @@ def test_form_and_end_activation(pictures, monkeypatch, tmp_path, capsys):
             assert (block.pruned is None) == own
         said = "fitted, as their own layers cannot be merged: " in capsys.readouterr().out
         assert said == (checkpoint["form"] == "reparam")  # squeeze-excite
+
+
+def test_class_map_and_statistics_that_stay(
+    pictures, supernet_script, monkeypatch, tmp_path, capsys
+):
+    """A network of more classes than the folders have keeps its head, and what pruning does not
+    change: with nothing pruned all four stages report the baseline's top-1."""
+    monkeypatch.chdir(tmp_path)
+    folders = sorted(os.listdir(pictures / "train"))
+    names = ["zebra", *folders[::-1], "aardvark"]
+    (tmp_path / "classes.txt").write_text("\n".join(names) + "\n")
+    torch.manual_seed(0)
+    model = timm.create_model("mobilenetv2_035", num_classes=12).train()
+    for _ in range(5):
+        model(torch.randn(16, 3, 32, 32))  # BN statistics that no folder has
+    torch.save(model.state_dict(), "weights.pth")
+    flags = ["--model", "mobilenetv2_035", "--checkpoint", "weights.pth", "--data-dir", pictures]
+    flags += ["--img-size", 32, "--epochs", 0, "--workers", 0, "--calibrate", 64]
+    first = partial(stage, monkeypatch, "1_supernet.py", *flags)
+    assert first("--class-map", "classes.txt") is None
+    supernet, checkpoint = load("runs/supernet.pt")
+    assert checkpoint["data"]["classes"] == names
+    labels = blocks.make_loader(checkpoint["data"], "val", 60, torch.device("cpu"))
+    assert set(next(iter(labels))[1].tolist()) == set(range(1, 11))
+    right = checkpoint["baseline"]["top1"], checkpoint["baseline"]["loss"]
+    assert (checkpoint["supernet"]["top1"]) == right[0]
+    (tmp_path / "none.json").write_text(
+        json.dumps({"format": 1, "model": "mobilenetv2_035", "prune": []})
+    )
+    capsys.readouterr()
+    assert stage(monkeypatch, "2_search.py", "--score", "none.json", "--workers", 0) is None
+    scored = capsys.readouterr().out.splitlines()
+    assert scored[-1].split()[-2:] == scored[-3].split()[-2:]
+    third = ["3_progressive.py", "--epochs", 0, "--workers", 0, "--calibrate", 64]
+    assert stage(monkeypatch, *third, "--subnet", "none.json") is None
+    checkpoint = load("runs/subnet.pt")[1]
+    assert (checkpoint["subnet"]["top1"], checkpoint["subnet"]["loss"]) == right
+    assert stage(monkeypatch, "4_merge.py", "--workers", 0, "--json", "table.json") is None
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert {row["top1"] for row in rows} == {right[0]}
+
+    prune = list(blocks.prunable_blocks(supernet))[::2]
+    (tmp_path / "some.json").write_text(
+        json.dumps({"format": 1, "model": "mobilenetv2_035", "prune": prune})
+    )
+    assert stage(monkeypatch, *third, "--subnet", "some.json") is None
+    after = load("runs/subnet.pt")[1]["state_dict"]
+    assert all(torch.equal(after[key], value) for key, value in model.state_dict().items())
+
+    (tmp_path / "classes.txt").write_text("\n".join(names[:4]))
+    assert "has folders that are not in classes.txt: " in first("--class-map", "classes.txt")
+    (tmp_path / "classes.txt").write_text("a\na\n")
+    assert "names a class twice" in first("--class-map", "classes.txt")
+    assert "does not exist, and timm has none" in first("--class-map", "none.txt")
 
 
 def test_schedule_of_lam():
