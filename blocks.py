@@ -20,7 +20,7 @@ The pruned block comes in two forms, which merge into layers of the same shape:
 
     timm class                             reparam form, lam = 1              merges into
     resnet.BasicBlock                      conv1, bn1, centre of conv2, bn2   one 3x3 conv
-    _efficientnet_blocks.InvertedResidual  its convs and BNs                  one dense kxk conv
+    _efficientnet_blocks.InvertedResidual  its convs and BNs                  one dense conv
     convnext.ConvNeXtBlock                 conv_dw, BatchNorm, fc1, fc2, γ    depthwise + 1x1, skip
     vision_transformer.Block               BatchNorm, fc1, fc2 for the MLP    one linear layer
     vision_transformer.Attention           fitted only, if asked for          one linear layer
@@ -50,7 +50,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from timm.data.loader import PrefetchLoader, fast_collate
-from timm.layers import Conv2dSame, Mlp
+from timm.layers import Conv2dSame, Mlp, conv2d_same
 from timm.models import _efficientnet_blocks, convnext, resnet, vision_transformer
 from timm.utils import reparameterize_model
 from timm.utils.distributed import init_distributed_device_so
@@ -143,14 +143,41 @@ def own_convs_obstacle(convs, norms):
         return "no BatchNorm inside"
 
 
+def inner(weight, size):
+    """The inner size x size taps of a kernel (O, I, k, k)."""
+    crop = (weight.shape[2] - size) // 2
+    return weight[:, :, crop:crop + size, crop:crop + size]
+
+
+def padding_for(conv, size):
+    """Padding with which a kernel of size x size sees the same centres as that of `conv`."""
+    less = (conv.kernel_size[0] - size) // 2
+    return tuple(p - less * d for p, d in zip(conv.padding, conv.dilation))
+
+
 def conv_like(conv, weight, bias=None, groups=1):
-    """`conv` with another weight and bias. Stride, padding and dilation stay, and so does the
-    class: convs of TensorFlow's networks compute their padding at run time."""
-    conv = copy.deepcopy(conv)
+    """`conv` with another weight, perhaps of fewer taps, and bias. Stride and dilation stay, and so
+    does the class: convs of TensorFlow's networks compute their padding at run time."""
+    conv, old = copy.deepcopy(conv), conv
+    conv.kernel_size = tuple(weight.shape[2:])
+    conv.padding = padding_for(old, len(weight[0, 0]))
     conv.in_channels, conv.out_channels = weight.shape[1] * groups, len(weight)
     conv.groups, conv.weight = groups, nn.Parameter(weight.contiguous())
     conv.bias = None if bias is None else nn.Parameter(bias)
     return conv
+
+
+def fade_taps(conv, x, size, lam):
+    """conv(x), with the taps outside of its inner size x size fading out."""
+    crop = (conv.kernel_size[0] - size) // 2
+    if lam == 0 or crop == 0:
+        return conv(x)
+    weight, padding = inner(conv.weight, size), padding_for(conv, size)
+    if lam < 1:
+        inside = F.pad(x.new_full((size, size), lam), 4 * [crop])
+        weight, padding = conv.weight * (1 - lam + inside), conv.padding
+    run = conv2d_same if isinstance(conv, Conv2dSame) else F.conv2d
+    return run(x, weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups)
 
 
 def zero(layer):
@@ -160,10 +187,10 @@ def zero(layer):
     return layer
 
 
-def conv_bn(like, in_channels, out_channels):
-    """A dense conv with stride, padding and kernel size of the conv `like`, and a BN that makes 0
-    of its output at first."""
-    weight = like.weight.new_empty(out_channels, in_channels, *like.kernel_size)
+def conv_bn(like, in_channels, out_channels, size):
+    """A dense size x size conv with the stride of the conv `like`, and a BN that makes 0 of its
+    output at first."""
+    weight = like.weight.new_empty(out_channels, in_channels, size, size)
     nn.init.kaiming_normal_(weight, mode="fan_out")
     bn = zero(nn.BatchNorm2d(out_channels)).to(weight)
     return nn.Sequential(conv_like(like, weight), bn)
@@ -351,7 +378,7 @@ class PrunableBasicBlock(Prunable, resnet.BasicBlock):
         self.drop_path = self.drop_path or nn.Identity()
 
     def new_layers(self):
-        return conv_bn(self.conv1, self.conv1.in_channels, self.conv2.out_channels)
+        return conv_bn(self.conv1, self.conv1.in_channels, self.conv2.out_channels, 3)
 
     def skip_part(self, x):
         return x if self.downsample is None else self.downsample(x)
@@ -361,21 +388,13 @@ class PrunableBasicBlock(Prunable, resnet.BasicBlock):
 
     def own_layers(self, x, lam):
         z = fade(self.act1, self.drop_block(self.bn1(self.conv1(x))), lam)
-        conv2 = self.conv2
-        if lam == 0:
-            z = conv2(z)
-        elif lam == 1:
-            z = F.conv2d(z, conv2.weight[:, :, 1:2, 1:2])
-        else:  # outer taps times 1 - lam
-            taps = F.pad(z.new_full((1, 1), lam), (1, 1, 1, 1)) + (1 - lam)
-            z = F.conv2d(z, conv2.weight * taps, None, 1, conv2.padding, conv2.dilation)
-        z = self.bn2(z)
+        z = self.bn2(fade_taps(self.conv2, z, 1, lam))
         return z if self.se is None else self.se(z)
 
     def composed(self):
         conv1 = fuse_conv_bn_eval(self.conv1, self.bn1)
         conv2 = fuse_conv_bn_eval(self.conv2, self.bn2)
-        centre = conv2.weight[:, :, 1, 1], conv2.bias
+        centre = inner(conv2.weight, 1).flatten(1), conv2.bias
         return conv_like(self.conv1, *compose((conv1.weight, conv1.bias), centre))
 
     def linear_part(self, x):  # before act2
@@ -396,7 +415,8 @@ class PrunableBasicBlock(Prunable, resnet.BasicBlock):
 
 
 class PrunableInvertedResidual(Prunable, _efficientnet_blocks.InvertedResidual):
-    """1x1 conv-bn-act, depthwise conv-bn-act, 1x1 conv-bn (+ skip), merged into one dense kxk conv.
+    """1x1 conv-bn-act, depthwise conv-bn-act, 1x1 conv-bn (+ skip), merged into one dense conv: kxk
+    where that costs less than the block, else the depthwise conv shrinks to its inner 3x3 taps.
 
     The depthwise conv pads with 0, but outside of the image a merged conv has what BN1 makes of 0.
     So this shift fades out as well, and BN2 absorbs it: at lam = 1 nothing that is padded carries a
@@ -411,12 +431,16 @@ class PrunableInvertedResidual(Prunable, _efficientnet_blocks.InvertedResidual):
         if getattr(block, "conv_s2d", None) is not None \
                 or not all(isinstance(conv, nn.Conv2d) for conv in (pw, dw, pwl)):
             return "convs of another kind inside (mixed, conditional, space-to-depth)"
-        # MACs per output pixel; a dense 5x5 often costs more than what it replaces
-        taps, s2 = math.prod(dw.kernel_size), math.prod(dw.stride)
+        if not PrunableInvertedResidual.merged_size(block):
+            return "a dense 3x3 conv would be more expensive"
+
+    def merged_size(self):
+        """Of the dense conv's kernel; None where any would cost more MACs than the block."""
+        pw, dw, pwl, s2 = self.conv_pw, self.conv_dw, self.conv_pwl, math.prod(self.conv_dw.stride)
         baseline = s2 * pw.weight.numel() + dw.weight.numel() + pwl.weight.numel()
-        if dw.kernel_size[0] % 2 == 0 or taps * pw.in_channels * pwl.out_channels >= baseline:
-            size = "x".join(map(str, dw.kernel_size))
-            return f"a dense {size} conv would be more expensive"
+        sizes = [size for size in (dw.kernel_size[0], 3) if size % 2 and size <= dw.kernel_size[0]
+                 and size ** 2 * pw.in_channels * pwl.out_channels < baseline]
+        return sizes[0] if sizes else None
 
     @staticmethod
     def own_obstacle(block):
@@ -434,7 +458,8 @@ class PrunableInvertedResidual(Prunable, _efficientnet_blocks.InvertedResidual):
             self.drop_path = nn.Identity()
 
     def new_layers(self):
-        layers = conv_bn(self.conv_dw, self.conv_pw.in_channels, self.conv_pwl.out_channels)
+        layers = conv_bn(self.conv_dw, self.conv_pw.in_channels, self.conv_pwl.out_channels,
+                         self.merged_size())
         if not self.has_skip:  # a random conv, as nothing else would be left
             nn.init.ones_(layers[1].weight)
         return layers
@@ -445,13 +470,14 @@ class PrunableInvertedResidual(Prunable, _efficientnet_blocks.InvertedResidual):
     def own_layers(self, x, lam):
         bn1, bn2, norm = self.bn1, self.bn2, nn.BatchNorm2d.forward  # norm: without bn1's own act
         z = fade(bn1.act, norm(bn1, self.conv_pw(x)), lam) - lam * bn_shift(bn1).view(-1, 1, 1)
-        z = fade(bn2.act, norm(bn2, self.conv_dw(z)), lam)
+        z = fade(bn2.act, norm(bn2, fade_taps(self.conv_dw, z, self.merged_size(), lam)), lam)
         return self.bn3(self.conv_pwl(z))
 
     def composed(self):
         pw, dw, pwl = (fuse_conv_bn_eval(conv, bn) for conv, bn in (
             (self.conv_pw, self.bn1), (self.conv_dw, self.bn2), (self.conv_pwl, self.bn3)))
-        dense = dw.weight * pw.weight, dw.bias  # (M, 1, k, k) times (M, I, 1, 1)
+        taps = inner(dw.weight, self.merged_size())  # (M, 1, k, k), and pw.weight is (M, I, 1, 1)
+        dense = taps * pw.weight, dw.bias
         return conv_like(self.conv_dw, *compose(dense, weight_and_bias(pwl)))
 
     def merged(self):

@@ -258,6 +258,13 @@ BLOCKS = {
     "inverted, 5x5 stride 2": lambda: InvertedResidual(
         8, 8, dw_kernel_size=5, stride=2, exp_ratio=6
     ),
+    "inverted, 5x5 to 3x3": lambda: InvertedResidual(8, 8, dw_kernel_size=5, exp_ratio=6),
+    "inverted, 5x5 to 3x3, TF padding": lambda: InvertedResidual(
+        8, 12, dw_kernel_size=5, stride=2, exp_ratio=3, pad_type="same"
+    ),
+    "inverted, dilated 5x5 to 3x3": lambda: InvertedResidual(
+        8, 8, dw_kernel_size=5, dilation=2, exp_ratio=6
+    ),
     "inverted, TF padding": lambda: InvertedResidual(8, 12, stride=2, exp_ratio=6, pad_type="same"),
     "convnext": lambda: ConvNeXtBlock(8, ls_init_value=1.0),
     "convnext, conv mlp": lambda: ConvNeXtBlock(8, conv_mlp=True, ls_init_value=None),
@@ -717,9 +724,9 @@ def test_blocks_that_cannot_merge_are_named_and_the_others_stay_prunable():
     ):
         make_prunable(timm.create_model("mixnet_s"))
     with pytest.raises(
-        UserError, match="has no prunable block; a dense 5x5 conv would be more expensive: 0: use"
+        UserError, match="has no prunable block; a dense 3x3 conv would be more expensive: 0: use"
     ):
-        make_prunable(nn.Sequential(InvertedResidual(8, 8, dw_kernel_size=5, exp_ratio=2)))
+        make_prunable(nn.Sequential(InvertedResidual(8, 8, exp_ratio=2)))
 
 
 @both_forms
