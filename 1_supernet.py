@@ -19,7 +19,8 @@ The baseline is trained first (--baseline-epochs), unless its weights are given.
 form is fitted to it in closed form, on --calibrate training images: with --epochs 0, that is the
 supernet. Its epochs follow, by the sandwich rule: each step runs the largest subnet (nothing
 pruned) on the labels, and the smallest (everything pruned) and two random ones on the largest's
-output as soft labels; their gradients add up to one update.
+output as soft labels; their gradients add up to one update. In the paper's form, whose weights all
+subnets share, the soft labels are the baseline's, also for the largest.
 """
 import argparse
 import copy
@@ -76,6 +77,8 @@ flag("--calibrate", type=at_least(0), default=4096, metavar="N",
      help="training images to fit the pruned forms on; 0: each starts as its skip alone")
 flag("--batch-size", type=at_least(2), default=64, help="images per step and process")
 flag("--lr", type=positive, default=1e-3, help="peak learning rate; falls to 0 by a cosine")
+flag("--supernet-lr", type=positive,
+     help="peak rate of the supernet (None: --lr; of the reparam form a fifth of it)")
 flag("--warmup", type=share, default=0.1, metavar="R", help="share of the steps before the peak")
 flag("--opt", default="adamw", choices=list_optimizers(), metavar="NAME", help="a timm optimiser")
 flag("--weight-decay", type=positive, default=0.05, help="not for norms and biases")
@@ -245,20 +248,21 @@ def make_baseline(args, data):
     return model, model_args, fits or bool(args.checkpoint)
 
 
-def train(model, blocks, loader, epochs, args, report, keep, state):
+def train(model, blocks, loader, epochs, peak, args, report, keep, state, teacher=None):
     """Trains `model`: the baseline alone if `blocks` is empty, else all subnets by the sandwich
     rule. Returns the trained model and what report(model) measures, as after every epoch.
 
-    epochs: a range, counted through the stage. keep(row, **state) logs the epoch, and saves what
-    `state` goes on from."""
+    epochs: a range, counted through the stage. peak: the highest rate. keep(row, **state) logs the
+    epoch, and saves what `state` goes on from. teacher: gives the soft labels instead of the
+    largest subnet, which then learns from them, too."""
     if not epochs:
         return model, report(model)
     device, (rank, world), steps = loader.device, processes(), len(epochs) * len(loader)
     fused = {"fused": True} if args.opt in ("adam", "adamw", "sgd") else {}  # faster, also on a CPU
-    optimizer = create_optimizer_v2(model, args.opt, args.lr, args.weight_decay, **fused)
+    optimizer = create_optimizer_v2(model, args.opt, peak, args.weight_decay, **fused)
     warmup = round(args.warmup * steps)
     scheduler = CosineLRScheduler(
-        optimizer, max(1, steps - warmup), warmup_t=warmup, warmup_lr_init=args.lr / 10,
+        optimizer, max(1, steps - warmup), warmup_t=warmup, warmup_lr_init=peak / 10,
         warmup_prefix=True, t_in_epochs=False)
     mixup = None
     if args.mixup or args.cutmix:
@@ -291,8 +295,13 @@ def train(model, blocks, loader, epochs, args, report, keep, state):
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 logits = model(images)
                 loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+                soft = logits.detach()
+                if teacher:
+                    with torch.no_grad():
+                        soft = teacher(images)
+                    loss = (loss + F.cross_entropy(logits, soft.float().softmax(-1))) / 2
             loss.backward()
-            soft, subnets = logits.detach().float().softmax(-1), [blocks] if blocks else []
+            soft, subnets = soft.float().softmax(-1), [blocks] if blocks else []
             for _ in range(2 if len(blocks) > 1 else 0):
                 subnets.append(rng.sample(blocks, rng.randint(1, len(blocks) - 1)))
             for prune in subnets:
@@ -367,7 +376,7 @@ def main():
         baseline, baseline_weights = state["baseline"], state["baseline_state_dict"]
         model.load_state_dict(baseline_weights)
     else:
-        model, result = train(model, [], loader, range(epochs), args,
+        model, result = train(model, [], loader, range(epochs), args.lr, args,
                               lambda model: evaluate(model, val, split=True), keep, state)
         baseline, state = {**cost(model, data["input_size"]), **result}, None
         baseline_weights = {key: value.cpu().clone() for key, value in model.state_dict().items()}
@@ -377,6 +386,7 @@ def main():
     random_seed(args.seed)  # in all processes, and resumed or not, what is not fitted starts alike
     form = args.form if args.epochs else "fitted"
     end_act = None if form == "reparam" else False
+    teacher = copy.deepcopy(model).eval() if form == "reparam" else None
     blocks = make_prunable(model, form, end_act, args.attention)
     fitted = [name for name, block in prunable_blocks(model).items() if block.pruned]
     if form == "reparam" and fitted:
@@ -401,8 +411,10 @@ def main():
             top1.append(evaluate(model, val, split=True)["top1"])
         return {"top1": top1[1], "top1_smallest": top1[0]}
 
-    model, result = train(model, blocks, loader, range(epochs, epochs + args.epochs), args, report,
-                          keep, state)
+    # In the paper's form both forms of a block share their weights: they must not move far
+    peak = args.supernet_lr or (args.lr / 5 if form == "reparam" else args.lr)
+    model, result = train(model, blocks, loader, range(epochs, epochs + args.epochs), peak, args,
+                          report, keep, state, teacher)
     model.cpu()
     save({"stage": "supernet", "flags": vars(args), "model": args.model, "model_args": model_args,
           "data": data, "form": form, "end_act": end_act, "attention": args.attention,

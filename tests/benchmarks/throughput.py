@@ -103,10 +103,12 @@ def main():
             names,
             loader,
             range(1),
+            args.lr,
             args,
             lambda model: {"top1": 0.0, "top1_smallest": 0.0},
             lambda row, **state: rows.append(row),
             None,
+            baseline if form == "reparam" else None,
         )
         return rows[0]["images_per_s"]
 
