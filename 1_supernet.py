@@ -15,12 +15,13 @@ runs, runs/supernet.pt.last is what --resume goes on from.
     torchrun --nproc-per-node 8 1_supernet.py --data-dir imagenet --model resnet34.tv_in1k \\
         --pretrained --amp --workers 8
 
-The baseline is trained first (--baseline-epochs), unless its weights are given. Then every pruned
-form is fitted to it in closed form, on --calibrate training images: with --epochs 0, that is the
-supernet. Its epochs follow, by the sandwich rule: each step runs the largest subnet (nothing
-pruned) on the labels, and the smallest (everything pruned) and two random ones on the largest's
-output as soft labels; their gradients add up to one update. In the paper's form, whose weights all
-subnets share, the soft labels are the baseline's, also for the largest.
+The baseline is trained first (--baseline-epochs), unless its weights are given. The supernet's
+epochs follow, by the sandwich rule: each step runs the largest subnet (nothing pruned) on the
+labels, and the smallest (everything pruned) and two random ones on the largest's output as soft
+labels; their gradients add up to one update. In the paper's form (--form reparam), whose weights
+all subnets share, the soft labels are the baseline's, also for the largest. With --epochs 0, and
+with --form fitted before its epochs, every pruned block is fitted to the baseline in closed form,
+on --calibrate training images.
 """
 import argparse
 import copy

@@ -12,12 +12,12 @@ runs/subnet.pt.last is what --resume goes on from.
     python 3_progressive.py --subnet my.json --supernet runs/supernet.pt
     torchrun --nproc-per-node 8 3_progressive.py --amp --workers 8
 
-It starts from the baseline's own weights, and first fits the pruned blocks to it in closed form, on
---calibrate training images; --epochs 0 leaves it at that. Then `lam`, the paper's λ, of the pruned
-blocks rises with every step over the first --transition of the steps, fast at first and slowly near
-1, where a little more costs most; after that it stays 1. The learning rate is held for the first
---hold of the steps and falls to 0 by a cosine after that: it should not fall before lam is 1. The
-unpruned baseline's outputs serve as soft labels.
+It starts from the baseline's own weights. `lam`, the paper's λ, of the pruned blocks rises with
+every step over the first --transition of the steps, fast at first and slowly near 1, where a little
+more costs most; after that it stays 1. The learning rate is held for the first --hold of the steps
+and falls to 0 by a cosine after that: it should not fall before lam is 1. The unpruned baseline's
+outputs serve as soft labels. With --epochs 0, and with --form fitted before anything else, the
+pruned blocks are fitted to the baseline in closed form, on --calibrate training images.
 """
 import argparse
 import copy
