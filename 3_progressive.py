@@ -46,8 +46,8 @@ flag("--subnet", default="runs/subnet.json", metavar="FILE", help="stage 2's spe
 flag("--data-dir", metavar="DIR", help="where the images are (None: where stage 1 found them)")
 # training
 flag("--epochs", type=at_least(0), default=6, help="epochs; 0 prunes without training")
-flag("--transition", type=share, default=0.1, metavar="R",
-     help="share of the steps while lam goes from 0 to 1; 0 prunes directly")
+flag("--transition", type=share, metavar="R", help="share of the steps while lam goes from 0 to 1;"
+     " 0 prunes directly (None: 0.25, of the fitted form 0.1)")
 flag("--hold", type=share, default=0.5, metavar="R", help="share of the steps at the full rate")
 flag("--start", default="baseline", choices=("baseline", "random"), help="weights to start from")
 flag("--distill", type=share, default=0.5, metavar="W", help="weight of the baseline's soft labels")
@@ -176,6 +176,8 @@ def main():
     if args.start == "random":
         model = create_model(checkpoint["model"], checkpoint["model_args"])
     form = args.form or (checkpoint["flags"]["form"] if args.epochs else "fitted")
+    if args.transition is None:
+        args.transition = 0.25 if form == "reparam" else 0.1
     # Without training end activations only harm, and in the fitted form so they do as long as some
     # block stays
     whole = copy.deepcopy(model)
