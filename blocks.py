@@ -635,6 +635,9 @@ def make_prunable(model, form="reparam", end_act=None, attention=False):
     attention: let the attention of ViT blocks be pruned, too: "blocks.0.attn" is a choice beside
     "blocks.0", the block's MLP. Returns the module paths of the blocks, in running order. UserError
     where there is none."""
+    if form not in ("reparam", "fitted"):
+        raise ValueError(f"form is reparam or fitted, not {form}")
+
     def convert(module, family):
         own = form == "reparam" and not family.own_obstacle(module)
         old, module.__class__ = set(module.modules()), family
@@ -770,7 +773,7 @@ def with_pauses(function):
 
 
 @torch.no_grad()
-def fit(model, names, batches, in_turn=True, ridge=1e-2, pixels=8192):
+def fit(model, names, batches, in_turn=True, ridge=1e-2, pixels=8192, room=2**32):
     """Solves the fitted form of each block in `names` (of the paper's form there is nothing to
     solve), by least squares on `batches` (an iterable of images): its output is to reproduce that
     of the block in the unpruned network. Nothing else in the model changes; all blocks are left at
@@ -779,8 +782,8 @@ def fit(model, names, batches, in_turn=True, ridge=1e-2, pixels=8192):
     in_turn: on the inputs that a block gets while those of `names` before it are pruned, so that
     each fit also corrects the errors of those before. The unpruned and the pruned network go
     through the blocks together, as two halves of each batch, and all batches wait at a block until
-    it is solved: two forward passes, but the activations of all images are in memory. Else on the
-    unpruned network's inputs.
+    it is solved: two forward passes, but the activations of all images are in memory, so that no
+    more are taken than fit in `room` bytes. Else on the unpruned network's inputs.
 
     The normal equations are summed up in float64, over all processes, from at most `pixels` output
     pixels (or tokens) of a batch: memory does not grow with the number of batches. `ridge`, a share
@@ -813,6 +816,7 @@ def fit(model, names, batches, in_turn=True, ridge=1e-2, pixels=8192):
             raise Reached
         del inputs, outputs, gram, cross
         if in_turn:
+            held.append(3 * x.nbytes)  # that, the skip and the layer's output
             thread.pause()
         wanted = wanted if block.end_act else block.finish(wanted)  # a ResNet's own activation
         if not in_turn:
@@ -834,7 +838,7 @@ def fit(model, names, batches, in_turn=True, ridge=1e-2, pixels=8192):
         weight = scale * torch.linalg.solve(system, cross * scale)
         block.set_linear(weight.T, bias, mean, gram)
 
-    thread, walks = threading.local(), []
+    thread, walks, held = threading.local(), [], []
     model.eval()
     set_subnet(model, [])
     for block in todo:
@@ -847,6 +851,9 @@ def fit(model, names, batches, in_turn=True, ridge=1e-2, pixels=8192):
                     forward(images)
                 walks.append(with_pauses(walk))
                 next(walks[-1])  # to the first block
+                if sum(held) > room:
+                    print(f"the fit takes {len(walks)} batches only: their activations fill the memory")
+                    break
             else:
                 forward(images)
         for block in progress_bar(todo, "fit", unit="block"):

@@ -766,3 +766,12 @@ def test_the_family_that_the_readme_adds(end_act, form, monkeypatch):
         cost(merged, (3, 64, 64))["macs"]
         < cost(timm.create_model("mixer_s32_224", img_size=64), (3, 64, 64))["macs"]
     )
+
+
+def test_a_fit_takes_no_more_images_than_fit_in_memory(capsys):
+    model = create("test_resnet", {})
+    names = make_prunable(model, "fitted")
+    taken = []
+    batches = (taken.append(i) or images(32) for i in range(9))
+    fit(model, names, batches, room=3 * 2 * 4 * 64 * 8 * 8 * 8 * 3)
+    assert len(taken) < 9 and f"takes {len(taken)} batches only" in capsys.readouterr().out
