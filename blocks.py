@@ -852,7 +852,8 @@ def fit(model, names, batches, in_turn=True, ridge=1e-2, pixels=8192, room=2**32
                 walks.append(with_pauses(walk))
                 next(walks[-1])  # to the first block
                 if sum(held) > room:
-                    print(f"the fit takes {len(walks)} batches only: their activations fill the memory")
+                    print(f"the fit takes {len(walks)} batches only: their activations fill its"
+                          " memory")
                     break
             else:
                 forward(images)
