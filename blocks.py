@@ -80,7 +80,7 @@ def blend(baseline, pruned, lam):
 def fade(act, z, lam):
     """act(z) at lam = 0, z at 1. Many activations work in place, but between 0 and 1, z is used
     twice."""
-    return blend(lambda: act(z.clone() if lam else z), lambda: z, lam)
+    return act(z) if lam == 0 else blend(lambda: act(z.clone()), lambda: z, lam)
 
 
 def on_rows(layers, x):
