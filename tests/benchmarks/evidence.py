@@ -8,9 +8,9 @@ supernet's subnets, trained in several ways by stage 3.
 
 A third, two thirds and all of the prunable blocks, as stage 2 picks them, the same for all rows.
 --lrs: each form, and the control, has the best of them on a seed of its own, --tune-seed, with two
-thirds of the blocks pruned; --transitions: likewise, for the paper's form. Flags that this script does not know go to every
-run of stage 3, but where they are what the row is about. Runs that are in --out already are not
-repeated, one that was stopped goes on: other flags need another --out.
+thirds of the blocks pruned; --transitions: likewise, for the paper's form. Flags that this script
+does not know go to every run of stage 3, but where they are what the row is about. Runs that are in
+--out already are not repeated, one that was stopped goes on: other flags need another --out.
 """
 
 import argparse
