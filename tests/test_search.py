@@ -214,6 +214,20 @@ def test_latencies_of_blocks(name, attention):
     assert list(table["savings"]) == names and table["baseline"] > 0 and table["error"] >= 0
 
 
+def test_latencies_are_those_of_a_processor(monkeypatch, tmp_path):
+    """The table's key names its model: another machine's table is measured again."""
+    monkeypatch.setattr(
+        search_script,
+        "measure_blocks",
+        lambda *args: {"baseline": 1.0, "savings": {}, "error": 0.01},
+    )
+    about, path = {"model": "resnet18", "model_args": {}}, str(tmp_path / "latency.json")
+    for name in ("One CPU", "Other CPU"):
+        monkeypatch.setattr(search_script.platform, "processor", lambda name=name: name)
+        made = search_script.latency_table(path, about, None, [], torch.zeros(2, 3, 32, 32))
+        assert made["device"] == name
+
+
 @pytest.mark.parametrize("runs", ["mobilenetv2_035"], indirect=True)
 def test_latency_is_measured_once(runs, monkeypatch, tmp_path, capsys):
     """And kept, but not where the machine was too busy. (The times are made up: so no busy machine
