@@ -163,15 +163,16 @@ def read_class_map(args):
         raise UserError("--class-map is for the class folders of --data-dir")
     if not path:
         raise UserError(f"--class-map {args.class_map} does not exist, and timm has none")
-    with open(path, encoding="utf-8") as file:
-        names = file.read().split("\n")
-    names = [name.strip() for name in names if name.strip()]
+    try:
+        with open(path, encoding="utf-8") as file:
+            names = [line.strip() for line in file if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a text file") from error
     if len(set(names)) < len(names):
         raise UserError(f"{path} names a class twice: it needs one class folder per line")
     for part in ("train", "val"):
         root = os.path.join(args.data_dir, part)
-        folders = [entry.name for entry in os.scandir(root) if entry.is_dir()] \
-            if os.path.isdir(root) else []
+        _, folders, _ = next(os.walk(root), (root, [], []))
         if unknown := sorted(set(folders) - set(names)):
             raise UserError(f"{root} has folders that are not in {path}: {', '.join(unknown[:5])}")
     return names
@@ -182,12 +183,11 @@ def describe_images(args):
     held back is chosen here, once."""
     shapes = args.data_dir is None and not args.dataset
     data_dir = args.data_dir or ("data/shapes" if shapes else "data")
+    names = read_class_map(args) if args.class_map else []
     if shapes:
         draw_shapes(data_dir)
     data = {"dataset": args.dataset, "data_dir": os.path.abspath(data_dir),
-            "download": args.dataset_download, "seed": args.seed}
-    if args.class_map:
-        data["classes"] = read_class_map(args)
+            "download": args.dataset_download, "seed": args.seed, "classes": names}
     train, val = open_dataset(data, "train"), open_dataset(data, "val")
     source = getattr(train, "reader", train)  # torchvision's ImageNet has several names for a class
     numbers = getattr(source, "wnid_to_idx", None) or getattr(source, "class_to_idx", {})
@@ -400,20 +400,21 @@ def main():
         print(f"fitted {len(fitted)} blocks on {len(few.dataset) * world} training images in"
               f" {time.time() - started:.1f} s", flush=True)
     few = make_loader(data, "train", args.batch_size, device, limit=1024)
-    trained = args.epochs or not args.calibrate  # a fit has set the statistics of its own
-    calibration = [images for images, _ in few] if trained else []
+    # Of an untrained supernet all statistics are the baseline's and the fit's own: they are right
+    calibration = [images for images, _ in few] if args.epochs or not args.calibrate else []
 
     def report(model):  # each subnet with BN statistics of its own; the largest's stay
         top1 = []
         for prune in (blocks, []):
             set_subnet(model, prune)
-            if trained:
+            if calibration:
                 recalibrate(model, calibration)
             top1.append(evaluate(model, val, split=True)["top1"])
         return {"top1": top1[1], "top1_smallest": top1[0]}
 
     # In the paper's form both forms of a block share their weights: they must not move far
-    peak = args.supernet_lr or (args.lr / 5 if form == "reparam" else args.lr)
+    peak = args.lr / 5 if form == "reparam" else args.lr
+    peak = peak if args.supernet_lr is None else args.supernet_lr
     model, result = train(model, blocks, loader, range(epochs, epochs + args.epochs), peak, args,
                           report, keep, state, teacher)
     model.cpu()

@@ -158,9 +158,8 @@ def padding_for(conv, size):
 def conv_like(conv, weight, bias=None, groups=1):
     """`conv` with another weight, perhaps of fewer taps, and bias. Stride and dilation stay, and so
     does the class: convs of TensorFlow's networks compute their padding at run time."""
-    conv, old = copy.deepcopy(conv), conv
-    conv.kernel_size = tuple(weight.shape[2:])
-    conv.padding = padding_for(old, len(weight[0, 0]))
+    conv = copy.deepcopy(conv)
+    conv.padding, conv.kernel_size = padding_for(conv, weight.shape[2]), tuple(weight.shape[2:])
     conv.in_channels, conv.out_channels = weight.shape[1] * groups, len(weight)
     conv.groups, conv.weight = groups, nn.Parameter(weight.contiguous())
     conv.bias = None if bias is None else nn.Parameter(bias)
@@ -746,9 +745,9 @@ def recalibrate(model, batches, norms=None):
 
 
 def with_pauses(function):
-    """A generator that runs function(pause): each pause() is a yield. Here a forward pass can stop
-    between two blocks, as it runs in a thread of its own, but never beside another."""
-    go, stopped, errors = threading.Semaphore(0), threading.Semaphore(0), []
+    """A generator that runs function(pause): each pause() is a yield. So a forward pass can stop
+    between two blocks: it runs in a thread of its own, but never beside another."""
+    go, stopped, ended = threading.Semaphore(0), threading.Semaphore(0), []
 
     def pause():
         stopped.release()
@@ -757,18 +756,19 @@ def with_pauses(function):
     def body():
         go.acquire()
         try:
-            function(pause)
+            ended.append(function(pause))
         except BaseException as error:
-            errors.append(error)
+            ended.append(error)
         stopped.release()
 
-    thread = threading.Thread(target=body, daemon=True)
-    thread.start()
+    threading.Thread(target=body, daemon=True).start()
     while True:
         go.release()
         stopped.acquire()
-        if errors:
-            raise errors[0]
+        if ended and ended[0]:
+            raise ended[0]
+        if ended:
+            return
         yield
 
 
@@ -786,7 +786,7 @@ def fit(model, names, batches, in_turn=True, ridge=1e-2, pixels=8192, room=2**32
     more are taken than fit in `room` bytes. Else on the unpruned network's inputs.
 
     The normal equations are summed up in float64, over all processes, from at most `pixels` output
-    pixels (or tokens) of a batch: memory does not grow with the number of batches. `ridge`, a share
+    pixels (or tokens) of a batch: theirs does not grow with the number of batches. `ridge`, a share
     of each input's variance, pulls towards a block that is its skip alone. (ReplaceMe, NeurIPS
     2025, fits linear maps in the place of language models' blocks.)"""
     todo = [block for name, block in prunable_blocks(model).items() if name in names
@@ -850,7 +850,7 @@ def fit(model, names, batches, in_turn=True, ridge=1e-2, pixels=8192, room=2**32
                     thread.pause = pause
                     forward(images)
                 walks.append(with_pauses(walk))
-                next(walks[-1])  # to the first block
+                next(walks[-1], None)  # to the first block
                 if sum(held) > room:
                     print(f"the fit takes {len(walks)} batches only: their activations fill its"
                           " memory")
@@ -860,7 +860,7 @@ def fit(model, names, batches, in_turn=True, ridge=1e-2, pixels=8192, room=2**32
         for block in progress_bar(todo, "fit", unit="block"):
             solve(block)
             for walk in walks if block is not todo[-1] else ():
-                next(walk)
+                next(walk, None)
     finally:
         for block in todo:
             del block.forward

@@ -706,6 +706,9 @@ def test_class_map_and_statistics_that_stay(
     (tmp_path / "classes.txt").write_text("a\na\n")
     assert "names a class twice" in first("--class-map", "classes.txt")
     assert "does not exist, and timm has none" in first("--class-map", "none.txt")
+    assert "weights.pth is not a text file" in first("--class-map", "weights.pth")
+    said = stage(monkeypatch, "1_supernet.py", "--class-map", "classes.txt")
+    assert "is for the class folders of --data-dir" in said and not os.path.exists("data")
 
 
 def test_schedule_of_lam():
