@@ -392,12 +392,12 @@ def main():
     fitted = [name for name, block in prunable_blocks(model).items() if block.pruned]
     if form == "reparam" and fitted:
         print(f"fitted, as their own layers cannot be merged: {' '.join(fitted)}")
-    if args.calibrate and fitted and not state:
+    if args.calibrate and not state:
         started = time.time()
         few = make_loader(data, "train", args.batch_size, device, args.workers,
                           limit=args.calibrate, split=True)
         fit(model, blocks, (images for images, _ in few), in_turn=False)
-        print(f"fitted {len(fitted)} blocks on {len(few.dataset) * world} training images in"
+        print(f"fitted {len(blocks)} blocks on {len(few.dataset) * world} training images in"
               f" {time.time() - started:.1f} s", flush=True)
     few = make_loader(data, "train", args.batch_size, device, limit=1024)
     # Of an untrained supernet all statistics are the baseline's and the fit's own: they are right

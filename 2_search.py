@@ -71,16 +71,40 @@ flag("--out", default="runs/subnet.json", metavar="FILE", help="the subnet spec"
 
 # ---- what a subnet costs -------------------------------------------------------------------------
 
+# A candidate is a tuple with a gene for each block, in running order: 0 where it stays, else the
+# number of its rung, from 1. `blocks` is {module path: names of its rungs}.
+
+def named(candidate, blocks):
+    """The candidate as set_subnet takes it: {module path: name of its rung}."""
+    return {name: rungs[gene - 1] for gene, (name, rungs) in zip(candidate, blocks.items()) if gene}
+
+
+def spec(candidate, blocks):
+    """The same as it stands in a subnet.json: a list where all are of their first rung."""
+    prune = named(candidate, blocks)
+    return prune if max(candidate) > 1 else list(prune)
+
+
+def genes(prune, blocks):
+    """The candidate of a list of module paths, or a dict from them to rungs."""
+    rungs = prune if isinstance(prune, dict) else {}
+    return tuple(0 if name not in prune else 1 + of_block.index(rungs.get(name, of_block[0]))
+                 for name, of_block in blocks.items())
+
+
 def block_savings(model, blocks, input_size):
-    """Costs of the merged network with nothing pruned, and what pruning each block saves. They add
-    up exactly. Moves the model to the meta device."""
+    """Costs of the merged network with nothing pruned, and what each gene saves: {block: [nothing,
+    its first rung, …]}, each a dict. They add up exactly. Moves the model to the meta device."""
     def merged_cost(prune):
         set_subnet(model, prune)
         return cost(merge(model), input_size)
 
     model.to("meta")
-    whole, one = merged_cost([]), {name: merged_cost([name]) for name in blocks}
-    return whole, {name: {key: whole[key] - one[name][key] for key in whole} for name in blocks}
+    whole, savings = merged_cost([]), {}
+    for name, rungs in progress_bar(blocks.items(), "costs", unit="block"):
+        costs = [whole, *(merged_cost({name: rung}) for rung in rungs)]
+        savings[name] = [{key: whole[key] - one[key] for key in whole} for one in costs]
+    return whole, savings
 
 
 def merged_on(model, prune, device):
@@ -89,13 +113,15 @@ def merged_on(model, prune, device):
 
 
 @torch.inference_mode()
-def measure_blocks(model, blocks, images, pairs=8, rounds=9):
-    """{"baseline": seconds, "savings": {block: seconds}, "error": …} of merged networks.
+def measure_blocks(model, blocks, images, networks=16, rounds=9):
+    """{"baseline": seconds, "savings": {block: [seconds of each gene]}, "error": …} of merged
+    networks.
 
-    Each block is timed inside the network, between its real neighbours, in both forms: in the
-    network with nothing pruned, the one with everything pruned, and pairs of a random subnet
-    and its complement, which take short turns. (Timed alone, with its input still in the cache, a
-    block came out up to a quarter wrong.) error: how far the sums are from the networks' times."""
+    Each block is timed inside the network, between its real neighbours, in all its forms: in the
+    network with nothing pruned, those with everything at one rung, and random ones, made so that
+    each form of a block is as frequent as any other; they take short turns. (Timed alone, with its
+    input still in the cache, a block came out up to a quarter wrong.) error: how far the sums are
+    from the networks' times."""
     cuda, rng = images.device.type == "cuda", random.Random(0)
 
     def stamp():
@@ -105,16 +131,20 @@ def measure_blocks(model, blocks, images, pairs=8, rounds=9):
         event.record()
         return event
 
-    subnets = [set()] + [{name for name in blocks if rng.random() < 0.5} for _ in range(pairs - 1)]
-    subnets += [set(blocks) - subnet for subnet in subnets]
-    networks = [merged_on(model, subnet, images.device) for subnet in subnets]
+    forms = [1 + len(rungs) for rungs in blocks.values()]
+    first, subnets = [0] * len(forms), []
+    while len(subnets) < networks:
+        subnets += [tuple((a + step) % n for a, n in zip(first, forms))
+                    for step in range(max(forms))]
+        first = [rng.randrange(n) for n in forms]
+    networks = [merged_on(model, named(subnet, blocks), images.device) for subnet in subnets]
     totals = latencies(networks, images, rounds)[:, 1]
     spans = {name: [] for name in blocks}  # start and end of every run
     for network, name in itertools.product(networks, blocks):
         block = network.get_submodule(name)
         block.register_forward_pre_hook(lambda *_, name=name: spans[name].append([stamp()]))
         block.register_forward_hook(lambda *_, name=name: spans[name][-1].append(stamp()))
-    times = {(name, pruned): [] for name in blocks for pruned in (False, True)}
+    times = {(name, gene): [] for name, n in zip(blocks, forms) for gene in range(n)}
     turns = list(zip(subnets, networks, totals)) * rounds
     for subnet, network, total in progress_bar(turns, "latency", unit="subnet"):
         network(images)
@@ -127,21 +157,22 @@ def measure_blocks(model, blocks, images, pairs=8, rounds=9):
         spent = {name: statistics.median(
             begin.elapsed_time(end) / 1e3 if cuda else end - begin for begin, end in runs)
             for name, runs in spans.items()}
-        for name in blocks:  # a block's own time: without its attention's, a choice of its own
+        for name, gene in zip(blocks, subnet):  # without its attention's, a choice of its own
             inner = sum(spent[other] for other in blocks if other.startswith(f"{name}."))
-            times[name, name in subnet].append(spent[name] - inner)
+            times[name, gene].append(spent[name] - inner)
     # A smaller network keeps more of itself in the cache, so that all its parts are faster than in
     # a large one, and hooks cost time, too. A straight line from the blocks' sums to the networks'
     # totals (least squares of the relative errors) corrects both, and leaves the costs additive.
     times = {key: statistics.median(values) for key, values in times.items()}
-    sums = np.array([sum(times[name, name in subnet] for name in blocks) for subnet in subnets])
+    sums = np.array([sum(times[key] for key in zip(blocks, subnet)) for subnet in subnets])
     lines = np.stack([sums / totals, 1 / totals], 1)
     slope, rest = np.linalg.lstsq(lines, np.ones(len(subnets)), rcond=None)[0].tolist()
     error = np.median(abs(lines @ [slope, rest] - 1)).item()
     if not 0.5 < slope < 2 or rest < 0:  # a block's time that is all noise
         error = math.inf
     return {"baseline": rest + slope * sums[0].item(), "error": error, "savings": {
-        name: slope * (times[name, False] - times[name, True]) for name in blocks}}
+        name: [slope * (times[name, 0] - times[name, gene]) for gene in range(n)]
+        for name, n in zip(blocks, forms)}}
 
 
 def latency_table(path, checkpoint, model, blocks, images):
@@ -184,25 +215,26 @@ def save_json(content, path):
 # ---- which subnets keep to a budget --------------------------------------------------------------
 
 def make_budget(kind, value, blocks, baseline, whole, savings):
-    """(fits, repair, every) for one budget: fits(candidate) says whether a set of blocks keeps to
-    it; repair(candidate, rng) makes it, by random changes; every() yields all that do. None has to
-    give up: a budget that nothing can meet is an error, with the range that can be reached."""
+    """(sizes, fits, repair, every) for one budget. sizes: how many values each gene has;
+    fits(candidate) says whether a candidate keeps to the budget; repair(candidate, rng) makes it,
+    by random steps on the ladders; every() yields all that do. None has to give up: a budget that
+    nothing can meet is an error, with the range that can be reached."""
     # Every budget asks for savings from `low` to `high`; pruning a block may also save less than 0
-    if kind == "prune":
-        saving, low, high = dict.fromkeys(blocks, 1), value, value
+    if kind == "prune":  # of their first rung, as lower ones never have a better loss
+        table, low, high = [[0, 1] for _ in blocks], value, value
         if not 1 <= value <= len(blocks):
             raise UserError(f"--prune {value}: this model has 1 to {len(blocks)} blocks to prune")
     else:
-        saving = {name: savings[name][kind] for name in blocks}
+        table = [[one[kind] for one in savings[name]] for name in blocks]
         low, high = whole[kind] - value * baseline[kind], math.inf
 
-    def saved(candidate):  # in running order: a set's own order is another one in every process
-        return sum(saving[name] for name in blocks if name in candidate)
+    def saved(candidate):
+        return sum(row[gene] for row, gene in zip(table, candidate))
 
     def fits(candidate):
         return low <= saved(candidate) <= high
 
-    most, least = ([name for name in blocks if sign * saving[name] > 0] for sign in (1, -1))
+    most, least = ([row.index(best(row)) for row in table] for best in (max, min))
     if saved(most) < low:
         cheapest, dearest = (math.ceil(1e4 * (whole[kind] - saved(some)) / baseline[kind]) / 1e4
                              for some in (most, least))  # rounded up: what is printed can be met
@@ -210,23 +242,24 @@ def make_budget(kind, value, blocks, baseline, whole, savings):
                         f" of the baseline's {kind}")
 
     def repair(candidate, rng):
-        candidate = set(candidate)
+        candidate = list(candidate)
         while not fits(candidate):
-            more = saved(candidate) < low  # flip a block that saves more, or less
-            candidate ^= {rng.choice([name for name in blocks
-                                      if ((saving[name] > 0) == more) != (name in candidate)])}
-        return frozenset(candidate)
+            sign, steps = 1 if saved(candidate) < low else -1, []  # to save more, or less
+            for i, (row, gene) in enumerate(zip(table, candidate)):
+                further = [g for g in range(len(row)) if sign * (row[g] - row[gene]) > 0]
+                if further:
+                    steps.append((i, min(further, key=lambda g: sign * row[g])))
+            i, candidate[i] = rng.choice(steps)
+        return tuple(candidate)
 
-    def every(chosen=(), i=0):  # goes only where the blocks that are left can still make it fit
-        rest = blocks[i:]
-        if saved(chosen) + sum(max(0, saving[name]) for name in rest) >= low \
-                and saved(chosen) + sum(min(0, saving[name]) for name in rest) <= high:
+    def every(chosen=()):  # goes only where the blocks that are left can still make it fit
+        rest, so_far = table[len(chosen):], saved(chosen)
+        if so_far + sum(map(max, rest)) >= low and so_far + sum(map(min, rest)) <= high:
             if not rest:
-                yield frozenset(chosen)
-            else:
-                yield from every(chosen, i + 1)
-                yield from every((*chosen, blocks[i]), i + 1)
-    return fits, repair, every
+                yield chosen
+            for gene in range(len(rest[0]) if rest else 0):
+                yield from every((*chosen, gene))
+    return [len(row) for row in table], fits, repair, every
 
 
 # ---- scores --------------------------------------------------------------------------------------
@@ -261,21 +294,16 @@ def make_score(model, blocks, calibration, held_out, room=2**31):
 
     def score(candidate):
         nonlocal before, same
-        forms, same = [name in candidate for name in blocks], 0
+        same = 0
         if kept is not None and before is not None:
-            same = next((i for i in range(len(blocks)) if forms[i] != before[i]), len(blocks))
-        before = forms
-        set_subnet(model, candidate)
+            same = next((i for i in range(len(blocks)) if candidate[i] != before[i]), len(blocks))
+        before = candidate
+        set_subnet(model, named(candidate, blocks))
         if calibration:
             still = {norm for module in list(modules.values())[:same] for norm in module.modules()}
             recalibrate(model, numbered(calibration, 0), set(model.modules()) - still)
         return evaluate(model, numbered(held_out, len(calibration)))
     return score
-
-
-def in_running_order(candidates, blocks):
-    """Sorted so that those with the same first blocks are neighbours."""
-    return sorted(candidates, key=lambda candidate: [name in candidate for name in blocks])
 
 
 def share_out(work, items, name):
@@ -294,7 +322,7 @@ def ranked(scores, price="macs"):
     """The candidates of `scores`, the best first: by loss, then by cost. NaN is the worst loss."""
     def key(candidate):
         loss = scores[candidate]["loss"]
-        return math.inf if math.isnan(loss) else loss, scores[candidate][price], sorted(candidate)
+        return math.inf if math.isnan(loss) else loss, scores[candidate][price], candidate
     return sorted(scores, key=key)
 
 
@@ -307,20 +335,19 @@ def pareto(scores, price):
     return front
 
 
-def search(score, budget, blocks, population, generations, seed, price="macs", scores=None, first=0,
+def search(score, budget, population, generations, seed, price="macs", scores=None, first=0,
            keep=lambda *_: None):
-    """Genetic search for the set of blocks within `budget` with the lowest loss; exhaustive where
-    no more subnets fit than population x generations. Returns {candidate: score(candidate)} of all
+    """Genetic search for the candidate within `budget` with the lowest loss; exhaustive where no
+    more subnets fit than population x generations. Returns {candidate: score(candidate)} of all
     that were scored, with their "generation", and whether that is all that fit.
 
     scores: what is known already, also from other budgets. keep(generation, scores) saves what
     `first` goes on from."""
     scores = {} if scores is None else scores
-    fits, repair, every = budget
+    sizes, fits, repair, every = budget
     everything = list(itertools.islice(every(), population * generations + 1))
     exact = len(everything) <= population * generations
     if exact:
-        everything = in_running_order(everything, blocks)
         generations = -(-len(everything) // population)
         print(f"{len(everything)} subnets keep to the budget: scoring all of them")
     for generation in range(first, generations):
@@ -333,15 +360,17 @@ def search(score, budget, blocks, population, generations, seed, price="macs", s
             if len(fresh) == population:
                 break
             if len(parents) < 2 or rng.random() < 0.1:
-                child = {name for name in blocks if rng.random() < 0.5}
+                child = [rng.choice((0, rng.randrange(1, size))) for size in sizes]
             else:
-                mother, father = rng.sample(parents, 2)
-                child = {name for name in blocks if name in rng.choice((mother, father))}
-                child ^= {name for name in blocks if rng.random() < 1 / len(blocks)}  # mutation
+                child = list(map(rng.choice, zip(*rng.sample(parents, 2))))
+                for i, size in enumerate(sizes):
+                    if rng.random() < 1 / len(sizes):  # mutation
+                        child[i] = (child[i] + rng.randrange(1, size)) % size
             child = repair(child, rng)
             if child not in scores:
                 fresh.add(child)
-        fresh, name = in_running_order(fresh, blocks), f"generation {generation + 1}/{generations}"
+        # Sorted, those with the same first blocks are neighbours
+        fresh, name = sorted(fresh), f"generation {generation + 1}/{generations}"
         for child, result in zip(fresh, share_out(score, fresh, name)):
             scores[child] = {**result, "generation": generation + 1}
         keep(generation + 1, scores)
@@ -368,7 +397,7 @@ def main():
     checkpoint = read_checkpoint(args.supernet, "supernet")
     data = {**checkpoint["data"], "data_dir": args.data_dir or checkpoint["data"]["data_dir"]}
     model = build(checkpoint)
-    blocks = list(prunable_blocks(model))
+    blocks = {name: block.rungs for name, block in prunable_blocks(model).items()}
     whole, savings = block_savings(build(checkpoint), blocks, data["input_size"])
     images = torch.randn(args.latency_batch, *data["input_size"], device=device)
     images = images.to(memory_format=torch.channels_last)
@@ -377,14 +406,15 @@ def main():
         table = latency_table(path, checkpoint, model, blocks, images)
         whole["latency"] = table["baseline"]
         for name in blocks:
-            savings[name]["latency"] = table["savings"][name]
+            for one, seconds in zip(savings[name], table["savings"][name]):
+                one["latency"] = seconds
     baseline = {**whole, **{key: checkpoint["baseline"][key] for key in ("params", "macs")}}
     values = getattr(args, kind) or [max(1, len(blocks) // 2)]
     budgets = [] if args.score else [
         make_budget(kind, value, blocks, baseline, whole, savings) for value in values]
     own = [(path, read_subnet(path, checkpoint["model"])["prune"]) for path in args.score or ()]
     for _, prune in own:
-        set_subnet(model, prune)  # raises for an unknown block
+        set_subnet(model, prune)  # raises for an unknown block or rung
 
     model.to(device, memory_format=torch.channels_last)
     some = make_loader(data, "train", args.batch_size, device, args.workers, args.calibrate)
@@ -398,61 +428,64 @@ def main():
     score_alone = make_score(model, blocks, calibration, list(held_out))
 
     def score(candidate):
-        saved = {key: sum(savings[name][key] for name in blocks if name in candidate)
-                 for key in whole}
-        return {**score_alone(candidate), **{key: whole[key] - saved[key] for key in whole}}
+        saved = [savings[name][gene] for name, gene in zip(blocks, candidate)]
+        return {**score_alone(candidate),
+                **{key: whole[key] - sum(one[key] for one in saved) for key in whole}}
 
     def row(name, s):
         return (name, f"{s['params'] / 1e6:.3f}", f"{s['macs'] / 1e6:.1f}",
                 *([f"{s['latency'] * 1e3:.2f}"] if args.latency else []),
                 *((f"{s['loss']:.4f}", f"{s['top1']:.2f}") if "loss" in s else ("", "")))
 
-    def named(candidate):
-        return [name for name in blocks if name in candidate]
-
     header = ("", "params (M)", "MACs (M)", *(["latency (ms)"] if args.latency else []),
               "held-out loss", "held-out top-1 (%)")
-    table = [row("baseline", baseline), row("nothing pruned, BN folded", score([])),
-             row("everything pruned, merged", score(blocks))]
+    table = [row("baseline", baseline),
+             row("nothing pruned, BN folded", score((0,) * len(blocks))),
+             row("everything pruned, merged", score((1,) * len(blocks)))]
     if args.score:
-        print_table(header, table + [row(path, score(prune)) for path, prune in own])
+        print_table(header, table + [row(path, score(genes(prune, blocks))) for path, prune in own])
         return
 
     def save_subnet(candidate, path, **more):
         costs = {key: scores[candidate][key] for key in whole}
         found = {key: scores[candidate][key] for key in ("loss", "top1", "generation")}
-        save_json({"format": 1, "model": checkpoint["model"], "prune": named(candidate),
+        save_json({"format": 1, "model": checkpoint["model"], "prune": spec(candidate, blocks),
                    "model_args": checkpoint["model_args"], "input_size": data["input_size"],
                    "baseline": baseline, "merged": costs, "search": {**found, **more},
                    "flags": vars(args)}, path)
 
+    def words(candidate):
+        return " ".join(name if gene == 1 else f"{name}:{blocks[name][gene - 1]}"
+                        for name, gene in zip(blocks, candidate) if gene)
+
     def keep(generation, scores):
-        save_csv([{"prune": " ".join(named(c)), "blocks": len(c), **s} for c, s in scores.items()],
-                 f"{root}.search.csv")
+        save_csv([{"prune": words(c), "blocks": len(named(c, blocks)), **s}
+                  for c, s in scores.items()], f"{root}.search.csv")
         save({"stage": "unfinished run", "flags": vars(args), "budget": number,
-              "generation": generation, "scores": [(sorted(c), s) for c, s in scores.items()]},
+              "generation": generation, "scores": list(scores.items())},
              args.out + ".last")
 
     first_budget, first, scores = 0, 0, {}
     if state:
         first_budget, first = state["budget"], state["generation"]
-        scores = {frozenset(candidate): result for candidate, result in state["scores"]}
+        scores = dict(state["scores"])
         print(f"going on after generation {first} of --{kind} {values[first_budget]:g}")
     for number in range(first_budget, len(values)):
         print(f"--{kind} {values[number]:g}")
-        scores, exact = search(score, budgets[number], blocks, args.population, args.generations,
+        scores, exact = search(score, budgets[number], args.population, args.generations,
                                args.seed, price, scores, first, keep)
-        fitting, first = list(filter(budgets[number][0], ranked(scores, price))), 0
+        fitting, first = list(filter(budgets[number][1], ranked(scores, price))), 0
         best = fitting[0]
         notes = {"evaluated": len(scores), "optimum": exact}
-        print(f"\nprune {len(best)} of {len(blocks)} blocks: {' '.join(named(best))}")
+        print(f"\nprune {len(named(best, blocks))} of {len(blocks)} blocks: {words(best)}")
         if exact:
             print("the best of all that keep to the budget")
         equal = sum(scores[c]["loss"] == scores[best]["loss"] for c in fitting)
         if equal > 1:
             print(f"{equal} subnets have this loss: this one costs least")
         if args.latency and processes()[0] == 0:
-            networks = [merged_on(build(checkpoint), prune, device) for prune in ([], best)]
+            networks = [merged_on(build(checkpoint), prune, device)
+                        for prune in ([], named(best, blocks))]
             seconds = latencies(networks, images)[:, 1]
             notes["timed_latency"] = dict(zip(("baseline", "merged"), seconds))
             print(f"latency: predicted {scores[best]['latency'] / whole['latency']:.3f} of the"

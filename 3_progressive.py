@@ -187,7 +187,8 @@ def main():
         end_act = False
     make_prunable(model, form, end_act, checkpoint["attention"])
     set_subnet(model, subnet["prune"])  # raises for an unknown block
-    prune = [name for name in prunable_blocks(model) if name in subnet["prune"]]
+    prune = {name: block.rung for name, block in prunable_blocks(model).items()
+             if name in subnet["prune"]}
     model.to(device, memory_format=torch.channels_last)
     loader = make_loader(data, "train", args.batch_size, device, args.workers, augment=args)
     val = make_loader(data, "val", args.batch_size, device, args.workers, split=True)
@@ -196,7 +197,7 @@ def main():
     fitted = [name for name, block in prunable_blocks(model).items()
               if name in prune and block.pruned]
     if form == "reparam" and fitted:
-        print(f"fitted, as their own layers cannot be merged: {' '.join(fitted)}")
+        print(f"fitted, not of their own layers: {' '.join(fitted)}")
     if state:
         print(f"going on after epoch {state['epoch']}")
     else:
@@ -204,7 +205,7 @@ def main():
         if ready:
             few = make_loader(data, "train", args.batch_size, device, args.workers,
                               limit=args.calibrate, split=True)
-            fit(model, ready, (images for images, _ in few))
+            fit(model, {name: prune[name] for name in ready}, (images for images, _ in few))
         lam = lam_at(0, args.epochs * len(loader), args.transition)
         set_subnet(model, prune, lam)
         few = make_loader(data, "train", args.batch_size, device, limit=1024)

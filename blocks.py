@@ -25,6 +25,14 @@ The pruned block comes in two forms, which merge into layers of the same shape:
     vision_transformer.Block               BatchNorm, fc1, fc2 for the MLP    one linear layer
     vision_transformer.Attention           fitted only, if asked for          one linear layer
 
+That is the first rung of a block's ladder, the paper's. Lower rungs are always fitted, and each is
+cheaper than the one before:
+
+    resnet.BasicBlock                      dense, 1x1, skip (where no conv is in the skip)
+    _efficientnet_blocks.InvertedResidual  dense, separable (depthwise + 1x1), 1x1, skip
+    convnext.ConvNeXtBlock                 separable, depthwise, skip
+    vision_transformer.Block, Attention    linear, skip
+
 The blocks come first, then networks of them, then what the stages share.
 """
 import argparse
@@ -186,19 +194,18 @@ def zero(layer):
     return layer
 
 
-def conv_bn(like, in_channels, out_channels, size):
-    """A dense size x size conv with the stride of the conv `like`, and a BN that makes 0 of its
-    output at first."""
-    weight = like.weight.new_empty(out_channels, in_channels, size, size)
+def new_conv(like, in_channels, out_channels, size, groups=1):
+    """A size x size conv with random weights and the stride of the conv `like`."""
+    weight = like.weight.new_empty(out_channels, in_channels // groups, size, size)
     nn.init.kaiming_normal_(weight, mode="fan_out")
-    bn = zero(nn.BatchNorm2d(out_channels)).to(weight)
-    return nn.Sequential(conv_like(like, weight), bn)
+    return conv_like(like, weight, groups=groups)
 
 
 def add_identity(weight):
-    """Adds the skip to a conv kernel (C, C, k, k) with odd k: 1 at [i, i, centre, centre]."""
+    """Adds the skip to a conv kernel with odd k: 1 at [i, i, centre, centre] of a dense one
+    (C, C, k, k), at [i, 0, centre, centre] of a depthwise one (C, 1, k, k)."""
     channels = torch.arange(len(weight), device=weight.device)
-    weight[channels, channels, weight.shape[2] // 2, weight.shape[3] // 2] += 1
+    inner(weight, 1)[channels, channels % weight.shape[1]] += 1
 
 
 def pixel_rows(x):
@@ -206,19 +213,52 @@ def pixel_rows(x):
     return (x.movedim(1, -1) if x.ndim == 4 else x).flatten(0, -2)
 
 
-def patches(conv, x):
-    """What each output pixel of `conv` sees of x: (B·H·W, C·k·k). A conv with one tap per output
-    channel makes it, because that pads like `conv`."""
-    taps = math.prod(conv.kernel_size)
-    one_tap = torch.eye(taps).to(x).view(taps, 1, *conv.kernel_size)
-    one_tap = one_tap.repeat(conv.in_channels, 1, 1, 1)
-    return pixel_rows(conv_like(conv, one_tap, groups=conv.in_channels)(x))
+def patches(conv, size, x):
+    """What each output pixel of `conv`, with a kernel of size x size, sees of x: (B·H·W, C·size²).
+    A conv with one tap per output channel makes it, because that pads like `conv`."""
+    one_tap = torch.eye(size ** 2).to(x).view(-1, 1, size, size).repeat(x.shape[1], 1, 1, 1)
+    return pixel_rows(conv_like(conv, one_tap, groups=x.shape[1])(x))
+
+
+def solve(gram, cross, ridge):
+    """W (d, O) with the least squared error of Wᵀx to y, for inputs x of covariance `gram` (d, d)
+    and outputs y of covariance `cross` (d, O) with x. ridge: a share of each input's variance."""
+    scale = (gram.diagonal().clamp(min=0) + 1e-12).rsqrt()[:, None]
+    system = gram * scale * scale.T + ridge * torch.eye(len(gram)).to(gram)
+    return scale * torch.linalg.solve(system, cross * scale)
+
+
+def separate(gram, cross, channels, ridge, rounds=3):
+    """Depthwise kernels (C, taps) on whose outputs a 1x1 conv fits best. `gram` and `cross` are those
+    of `patches`. It starts from the dense solution, of which each input channel's part
+    (taps, O) is brought to rank 1; then kernels and 1x1 conv are solved in turn."""
+    dense = solve(gram, cross, ridge).unflatten(0, (channels, -1))
+    taps = dense.shape[1]
+    own = gram.unflatten(0, (channels, taps)).unflatten(2, (channels, taps))
+    own = own.diagonal(dim1=0, dim2=2).movedim(-1, 0)  # (C, taps, taps): each channel's covariance
+    share = 1e-6 * own.diagonal(dim1=1, dim2=2).mean(1) + 1e-12
+    root = torch.linalg.cholesky(own + share[:, None, None] * torch.eye(taps).to(own))
+    left = torch.linalg.svd(root.mT @ dense, full_matrices=False)[0][:, :, :1]
+    kernels = torch.linalg.solve_triangular(root.mT, left, upper=True).flatten()
+    for _ in range(rounds):
+        depthwise = torch.block_diag(*kernels.view(channels, 1, taps))
+        point = solve(depthwise @ gram @ depthwise.T, depthwise @ cross, ridge)  # (C, O)
+        point = point.repeat_interleave(taps, 0)
+        kernels = solve(gram * (point @ point.T), (cross * point).sum(1, keepdim=True), ridge)
+    return kernels.view(channels, taps)
 
 
 def bn_linear(in_features, out_features, like):
     """A BatchNorm and a linear layer on rows, with an output of 0 at first."""
     layers = nn.BatchNorm1d(in_features), zero(nn.Linear(in_features, out_features))
     return nn.Sequential(*layers).to(like)
+
+
+class Nothing(nn.Module):
+    """What a block that is its skip alone adds to it."""
+
+    def forward(self, x):
+        return torch.zeros_like(x)
 
 
 def bn_shift(bn):
@@ -259,11 +299,13 @@ class MergedBlock(nn.Module):
 # keys and isinstance checks stay timm's.
 
 class Prunable:
-    """What the families share. A block is of the fitted form if it has layers for it,
-    `self.pruned`, else of the paper's. A family names its timm class and has
+    """What the families share. `self.rung` says what the pruned block is. It is of the fitted form
+    if it has layers for that rung, `self.pruned`, else of the paper's. A family names its timm
+    class and has
 
         obstacle(block)      why a block of the class is not prunable, or None
         own_obstacle(block)  why its own layers cannot be merged, or None; then it will be fitted
+        ladder(block)        names of its rungs, the most expensive first
         prepare(end_act)     builds self.end_act if asked for
         skip_part(x)         what both forms are added to: the skip
         merged()             plain layers that compute the pruned form, in eval mode
@@ -273,9 +315,10 @@ class Prunable:
         own_layers(x, lam)   the block's own layers beside the skip, as lam leaves them
 
         of the fitted form
-        new_layers()         linear layers and a BatchNorm, for self.pruned
-        linear_inputs(x)     what the linear layer that `fit` solves works on, as rows
+        new_layers(rung)     linear layers and a BatchNorm, for self.fitted[rung]
+        linear_inputs(x)     what the linear layers that `fit` solves work on, as rows
     """
+    pruned = property(lambda self: self.fitted[self.rung] if self.rung in self.fitted else None)
     serial = False  # True: the layers work on the output of skip_part, as a ViT's MLP does
     end_act_default = True  # with all blocks pruned and no activation left, a network is linear
 
@@ -293,7 +336,7 @@ class Prunable:
 
     def finish(self, y):
         """The end activation. In the paper's form it fades in; else the output is blended."""
-        if self.end_act is None:
+        if self.end_act is None or self.rung == "skip":
             return y
         return fade(self.end_act, y, 1 - self.lam if self.pruned is None else 0)
 
@@ -312,32 +355,43 @@ class Prunable:
         return None
 
     def linear_inputs(self, x):
-        first = self.pruned[0]
-        return pixel_rows(x) if isinstance(first, BatchNorm) else patches(first, x)
+        return pixel_rows(x)
 
     def linear_part(self, x, **attn_args):
         """The baseline block's output, which `fit` makes pruned(x) + skip_part(x) reproduce."""
         return super().forward(x, **attn_args)
 
+    def narrow(self, rung, mean, gram, cross, ridge):
+        """Of the moments of linear_inputs those that the last layer of a rung works on."""
+        return mean, gram, cross
+
     @torch.no_grad()
-    def set_linear(self, weight, bias, mean, covariance):
-        """Makes the pruned form's linear layer and BN compute W·(x - mean) + bias, for inputs x of
-        this mean and covariance: W (C_out, d), bias (C_out,), mean (d,), covariance (d, d)."""
-        *_, before, last = self.pruned
-        if isinstance(last, BatchNorm):  # conv, BN
-            linear, bn, mean = before, last, weight @ mean
-            variance = ((weight @ covariance) * weight).sum(1).clamp(min=0)
+    def set_linear(self, rung, mean, bias, gram, cross, ridge):
+        """Solves the layers of a rung, for linear_inputs x of this mean (d,) and covariance `gram`
+        (d, d), and wanted outputs of mean `bias` (O,) and covariance `cross` (d, O) with x."""
+        if rung == "skip":
+            return
+        mean, gram, cross = self.narrow(rung, mean, gram, cross, ridge)
+        *_, before, last = self.fitted[rung]
+        weight, variance = solve(gram, cross, ridge).T, gram.diagonal().clamp(min=0)
+        if rung == "depthwise":  # the kernels stay, and BN scales
+            last.weight.copy_(weight.diagonal() * (variance + last.eps).sqrt())
+            last.bias.copy_(bias)
+            bn = last
+        elif isinstance(last, BatchNorm):  # conv, BN
+            bn, mean = last, weight @ mean
+            variance = ((weight @ gram) * weight).sum(1).clamp(min=0)
             bn.weight.copy_((variance + bn.eps).sqrt())
             bn.bias.copy_(bias)
+            before.weight.copy_(weight.view_as(before.weight))
         else:  # BN, linear
-            linear, bn, variance = last, before, covariance.diagonal().clamp(min=0)
-            weight = weight * (variance + bn.eps).sqrt()
+            bn, weight = before, weight * (variance + before.eps).sqrt()
             nn.init.ones_(bn.weight)
             nn.init.zeros_(bn.bias)
-            linear.bias.copy_(bias)
+            last.bias.copy_(bias)
+            last.weight.copy_(weight.view_as(last.weight))
         bn.running_mean.copy_(mean)
         bn.running_var.copy_(variance)
-        linear.weight.copy_(weight.view_as(linear.weight))
 
     @torch.no_grad()
     def fuse(self):
@@ -348,14 +402,56 @@ class Prunable:
         if self.lam != 0:
             raise ValueError(f"a block at lam = {self.lam:g} is still in transition: only 0 and 1"
                              " merge exactly")
-        for name in ("pruned", "end_act", "norm_bn", "lam"):
+        for name in ("fitted", "end_act", "norm_bn", "lam", "rungs", "rung"):
             if name in self._modules or name in self.__dict__:
                 delattr(self, name)
         self.__class__ = self.timm_class
         return self
 
 
-class PrunableBasicBlock(Prunable, resnet.BasicBlock):
+class PrunableConvs(Prunable):
+    """What blocks have in common that are pruned to convs. `self.shape()` is a conv whose stride
+    the new ones have, their channels in and out, and the kernel size of a dense one."""
+
+    def new_layers(self, rung):
+        like, inputs, outputs, size = self.shape()
+        if rung == "skip":
+            return Nothing()
+        convs = [new_conv(like, inputs, outputs, 1 if rung == "1x1" else size)]
+        if rung == "separable":
+            point = conv_like(nn.Conv2d(1, 1, 1, device="meta"), convs[0].weight[:, :, :1, :1])
+            convs = [new_conv(like, inputs, inputs, size, inputs), point]
+        bn = nn.BatchNorm2d(outputs).to(like.weight)
+        if getattr(self, "has_skip", True):  # else nothing would be left
+            zero(bn)
+        return nn.Sequential(*convs, bn)
+
+    def linear_inputs(self, x):
+        like, _, _, size = self.shape()
+        return patches(like, size, x)
+
+    def narrow(self, rung, mean, gram, cross, ridge):
+        inputs, taps = self.shape()[1], self.shape()[3] ** 2
+        if rung == "1x1":
+            centre = slice(taps // 2, None, taps)
+            mean, gram, cross = mean[centre], gram[centre, centre], cross[centre]
+        if rung == "separable":
+            kernels = separate(gram, cross, inputs, ridge)
+            weight = self.fitted[rung][0].weight
+            weight.copy_(kernels.view_as(weight))
+            kernels = torch.block_diag(*kernels[:, None])
+            mean, gram, cross = kernels @ mean, kernels @ gram @ kernels.T, kernels @ cross
+        return mean, gram, cross
+
+    def convs(self):
+        """The pruned form's convs beside the skip, with BN folded in."""
+        if self.pruned is None:
+            return [self.composed()]
+        *convs, conv, bn = self.pruned
+        return [*convs, fuse_conv_bn_eval(conv, bn)]
+
+
+class PrunableBasicBlock(PrunableConvs, resnet.BasicBlock):
     """conv3x3-bn-act-conv3x3-bn + skip, act. Two 3x3 convs would compose to a 5x5, which costs more
     than both: so conv2 shrinks to its centre tap, and the two are one 3x3 conv, at half the
     cost."""
@@ -376,8 +472,11 @@ class PrunableBasicBlock(Prunable, resnet.BasicBlock):
     def prepare(self, end_act):  # the block has an end activation, act2
         self.drop_path = self.drop_path or nn.Identity()
 
-    def new_layers(self):
-        return conv_bn(self.conv1, self.conv1.in_channels, self.conv2.out_channels, 3)
+    def ladder(self):
+        return ["dense", "1x1"] + ["skip"] * (self.downsample is None)
+
+    def shape(self):
+        return self.conv1, self.conv1.in_channels, self.conv2.out_channels, 3
 
     def skip_part(self, x):
         return x if self.downsample is None else self.downsample(x)
@@ -400,20 +499,23 @@ class PrunableBasicBlock(Prunable, resnet.BasicBlock):
         return self.own_layers(x, 0) + self.skip_part(x)
 
     def merged(self):
-        conv = fuse_conv_bn_eval(*self.pruned) if self.pruned else self.composed()
-        skip = None
+        if self.rung == "skip":
+            act = copy.deepcopy(self.act2)
+            act.inplace = False  # its input is the block's
+            return act
+        (conv,), skip = self.convs(), None
         if self.downsample is None:
             add_identity(conv.weight)
         elif isinstance(self.downsample[1], BatchNorm) and self.downsample[0].kernel_size == (1, 1):
             shortcut = fuse_conv_bn_eval(*self.downsample)  # it sees the pixels of the centre tap
-            conv.weight[:, :, 1:2, 1:2] += shortcut.weight
+            inner(conv.weight, 1).add_(shortcut.weight)
             conv.bias += shortcut.bias
         else:  # resnet-d averages first, over fewer pixels at an odd border: this stays a branch
             skip = copy.deepcopy(self.downsample)
         return MergedBlock(conv, skip, self.act2)
 
 
-class PrunableInvertedResidual(Prunable, _efficientnet_blocks.InvertedResidual):
+class PrunableInvertedResidual(PrunableConvs, _efficientnet_blocks.InvertedResidual):
     """1x1 conv-bn-act, depthwise conv-bn-act, 1x1 conv-bn (+ skip), merged into one dense conv: kxk
     where that costs less than the block, else the depthwise conv shrinks to its inner 3x3 taps.
 
@@ -430,7 +532,7 @@ class PrunableInvertedResidual(Prunable, _efficientnet_blocks.InvertedResidual):
         if getattr(block, "conv_s2d", None) is not None \
                 or not all(isinstance(conv, nn.Conv2d) for conv in (pw, dw, pwl)):
             return "convs of another kind inside (mixed, conditional, space-to-depth)"
-        if not PrunableInvertedResidual.merged_size(block):
+        if not PrunableInvertedResidual.ladder(block):
             return "a dense 3x3 conv would be more expensive"
 
     def merged_size(self):
@@ -446,6 +548,8 @@ class PrunableInvertedResidual(Prunable, _efficientnet_blocks.InvertedResidual):
         pw, dw, pwl = block.conv_pw, block.conv_dw, block.conv_pwl
         if not isinstance(block.se, nn.Identity):
             return "squeeze-excite inside"
+        if not PrunableInvertedResidual.merged_size(block):
+            return "a dense 3x3 conv would be more expensive"
         if pw.groups > 1 or pwl.groups > 1 or dw.groups < dw.in_channels:
             return "grouped convs inside"
         return own_convs_obstacle((pw, dw, pwl), (block.bn1, block.bn2, block.bn3))
@@ -456,12 +560,18 @@ class PrunableInvertedResidual(Prunable, _efficientnet_blocks.InvertedResidual):
         if not self.has_skip:  # as in timm's own forward
             self.drop_path = nn.Identity()
 
-    def new_layers(self):
-        layers = conv_bn(self.conv_dw, self.conv_pw.in_channels, self.conv_pwl.out_channels,
-                         self.merged_size())
-        if not self.has_skip:  # a random conv, as nothing else would be left
-            nn.init.ones_(layers[1].weight)
-        return layers
+    def ladder(self):
+        pw, dw, pwl = self.conv_pw, self.conv_dw, self.conv_pwl
+        cheaper = pw.groups == pwl.groups == 1  # else an ungrouped 1x1 conv might cost more
+        # TensorFlow's padding would move a 1x1 conv with a stride off the centre tap
+        centred = not isinstance(dw, Conv2dSame) or max(dw.stride) == 1
+        return (["dense"] * bool(PrunableInvertedResidual.merged_size(self))
+                + ["separable"] * cheaper + ["1x1"] * (cheaper and centred)
+                + ["skip"] * self.has_skip)
+
+    def shape(self):
+        size = self.merged_size() or 3
+        return self.conv_dw, self.conv_pw.in_channels, self.conv_pwl.out_channels, size
 
     def skip_part(self, x):
         return x if self.has_skip else 0
@@ -480,10 +590,15 @@ class PrunableInvertedResidual(Prunable, _efficientnet_blocks.InvertedResidual):
         return conv_like(self.conv_dw, *compose(dense, weight_and_bias(pwl)))
 
     def merged(self):
-        conv = fuse_conv_bn_eval(*self.pruned) if self.pruned else self.composed()
+        if self.rung == "skip":
+            return nn.Identity()
+        convs = self.convs()
+        if self.rung == "separable":
+            skip = nn.Identity() if self.has_skip else None
+            return MergedBlock(nn.Sequential(*convs), skip, self.end_act)
         if self.has_skip:
-            add_identity(conv.weight)
-        return MergedBlock(conv, act=self.end_act)
+            add_identity(convs[0].weight)
+        return MergedBlock(convs[0], act=self.end_act)
 
 
 class PrunableConvNeXtBlock(Prunable, convnext.ConvNeXtBlock):
@@ -503,8 +618,15 @@ class PrunableConvNeXtBlock(Prunable, convnext.ConvNeXtBlock):
         bn = nn.BatchNorm2d(self.conv_dw.out_channels)
         return replace_norm(self.norm, bn, self.conv_dw.weight)
 
-    def new_layers(self):
+    def ladder(self):
+        return ["separable", "depthwise"] + ["skip"] * isinstance(self.shortcut, nn.Identity)
+
+    def new_layers(self, rung):
         dw, dim = copy.deepcopy(self.conv_dw), self.conv_dw.out_channels
+        if rung == "skip":
+            return Nothing()
+        if rung == "depthwise":
+            return nn.Sequential(dw, zero(nn.BatchNorm2d(dim))).to(dw.weight)
         return nn.Sequential(dw, nn.BatchNorm2d(dim), zero(nn.Conv2d(dim, dim, 1))).to(dw.weight)
 
     def skip_part(self, x):
@@ -518,9 +640,23 @@ class PrunableConvNeXtBlock(Prunable, convnext.ConvNeXtBlock):
         return z if self.gamma is None else z * self.gamma.view(-1, 1, 1)
 
     def linear_inputs(self, x):
-        return pixel_rows(self.pruned[0](x))
+        return pixel_rows(self.conv_dw(x))
+
+    def narrow(self, rung, mean, gram, cross, ridge):
+        self.fitted[rung][0].load_state_dict(self.conv_dw.state_dict())
+        if rung == "depthwise":  # each channel by itself
+            gram, cross = gram.diagonal().diag(), cross.diagonal().diag()
+        return mean, gram, cross
 
     def merged(self):
+        if self.rung == "skip":
+            return nn.Identity()
+        if self.rung == "depthwise":
+            conv, skip = fuse_conv_bn_eval(*self.pruned), self.shortcut
+            if isinstance(skip, nn.Identity):
+                add_identity(conv.weight)
+                skip = None
+            return MergedBlock(conv, skip, self.end_act)
         if self.pruned:
             dw, bn, pw = self.pruned
         else:
@@ -555,9 +691,12 @@ class PrunableViTBlock(Prunable, vision_transformer.Block):
         bn = nn.BatchNorm1d(self.mlp.fc1.in_features)
         return replace_norm(self.norm2, bn, self.mlp.fc1.weight)
 
-    def new_layers(self):
+    def ladder(self):
+        return ["linear", "skip"]
+
+    def new_layers(self, rung):
         dim = self.mlp.fc2.out_features
-        return bn_linear(dim, dim, self.mlp.fc2.weight)
+        return Nothing() if rung == "skip" else bn_linear(dim, dim, self.mlp.fc2.weight)
 
     def skip_part(self, x, **attn_args):
         return x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **attn_args)))
@@ -572,26 +711,34 @@ class PrunableViTBlock(Prunable, vision_transformer.Block):
         return self.merged() if merged_attn else super().fuse()
 
     def merged(self):
+        norm1, ls1 = self.norm1, self.ls1
         attn = self.attn.fuse() if isinstance(self.attn, Prunable) else self.attn
+        if isinstance(attn, nn.Identity):
+            norm1 = ls1 = None
         mlp = MergedBlock(nn.Sequential(self.norm2, self.mlp, self.ls2), nn.Identity())
-        if self.lam == 1:
+        if self.lam == 1 and self.rung == "skip":
+            mlp = nn.Identity()
+        elif self.lam == 1:
             if self.pruned:
                 linear = linear_with_skip(self.pruned[0], *weight_and_bias(self.pruned[1]))
             else:
                 layers = compose_mlp(self.mlp, getattr(self.ls2, "gamma", None))
                 linear = linear_with_skip(self.norm_bn, *layers)
             mlp = MergedBlock(linear, act=self.end_act)
-        return MergedViTBlock(self.norm1, attn, self.ls1, mlp)
+        return MergedViTBlock(norm1, attn, ls1, mlp)
 
 
 class MergedViTBlock(nn.Module):
-    """timm's block with another second half, or with a linear layer for its attention."""
+    """timm's block with another second half, or with a linear layer, or nothing, for its
+    attention."""
 
     def __init__(self, norm1, attn, ls1, mlp):
         super().__init__()
         self.norm1, self.attn, self.ls1, self.mlp = norm1, attn, ls1, mlp
 
     def forward(self, x, **attn_args):
+        if isinstance(self.attn, nn.Identity):
+            return self.mlp(self.attn(x))
         attn_args = {} if isinstance(self.attn, nn.Linear) else attn_args
         return self.mlp(x + self.ls1(self.attn(self.norm1(x), **attn_args)))
 
@@ -605,7 +752,12 @@ class PrunableAttention(Prunable, vision_transformer.Attention):
     def own_obstacle(block):
         return "attention"
 
-    def new_layers(self):
+    def ladder(self):
+        return ["linear", "skip"]
+
+    def new_layers(self, rung):
+        if rung == "skip":
+            return Nothing()
         return bn_linear(self.qkv.in_features, self.proj.out_features, self.proj.weight)
 
     def forward(self, x, **attn_args):
@@ -616,6 +768,8 @@ class PrunableAttention(Prunable, vision_transformer.Attention):
         return 0
 
     def merged(self):
+        if self.rung == "skip":
+            return nn.Identity()
         return linear_after(self.pruned[0], *weight_and_bias(self.pruned[1]))
 
 
@@ -629,7 +783,8 @@ def make_prunable(model, form="reparam", end_act=None, attention=False):
     same bits. Load the weights before: pruned forms copy some of them.
 
     form: "reparam", the paper's, or "fitted". Blocks whose own layers cannot be merged are fitted
-    in any case; until `fit` or training, a fitted form is its skip alone, if it has one.
+    in any case, and so are all rungs of the ladder but the first; until `fit` or training, a fitted
+    form is its skip alone, if it has one.
     end_act: insert an activation at the end of pruned blocks that have none? None: in CNNs only.
     attention: let the attention of ViT blocks be pruned, too: "blocks.0.attn" is a choice beside
     "blocks.0", the block's MLP. Returns the module paths of the blocks, in running order. UserError
@@ -640,8 +795,10 @@ def make_prunable(model, form="reparam", end_act=None, attention=False):
     def convert(module, family):
         own = form == "reparam" and not family.own_obstacle(module)
         old, module.__class__ = set(module.modules()), family
-        module.lam, module.end_act = 0.0, None
-        module.pruned = None if own else module.new_layers()
+        module.lam, module.end_act, module.rungs = 0.0, None, module.ladder()
+        module.rung = module.rungs[0]
+        module.fitted = nn.ModuleDict({rung: module.new_layers(rung)
+                                       for rung in module.rungs[own:]})
         module.norm_bn = module.own_norm() if own else None
         module.prepare(family.end_act_default if end_act is None else end_act)
         for new in set(module.modules()) - old:
@@ -687,14 +844,20 @@ def listed(reasons):
 
 
 def set_subnet(model, prune, lam=1.0):
-    """Sets lam, 0 to 1, of the blocks named in `prune` (module paths), and 0 for all others."""
-    blocks, prune = prunable_blocks(model), set(prune)
-    if unknown := sorted(prune - blocks.keys()):
+    """Sets lam, 0 to 1, of the blocks named in `prune`, and 0 for all others. prune: module paths,
+    for the first rung of each block, or {module path: name of its rung}."""
+    blocks, rungs = prunable_blocks(model), prune if isinstance(prune, dict) else {}
+    if unknown := sorted(set(prune) - blocks.keys()):
         reasons = {path: reason for path, reason in obstacles(model).items() if path in unknown}
         raise UserError(f"no prunable block {', '.join(unknown)}{listed(reasons)}; this model has"
                         f" {', '.join(blocks)}")
     if not 0 <= lam <= 1:
         raise ValueError(f"lam goes from 0 to 1, not {lam}")
+    for path in prune:
+        blocks[path].rung = rungs.get(path, blocks[path].rungs[0])
+        if blocks[path].rung not in blocks[path].rungs:
+            raise UserError(f"{path} cannot be pruned to {rungs[path]}; its rungs are"
+                            f" {', '.join(blocks[path].rungs)}")
     for path, block in blocks.items():
         block.lam = float(lam) if path in prune else 0.0
 
@@ -773,24 +936,26 @@ def with_pauses(function):
 
 
 @torch.no_grad()
-def fit(model, names, batches, in_turn=True, ridge=1e-2, pixels=8192, room=2**32):
-    """Solves the fitted form of each block in `names` (of the paper's form there is nothing to
-    solve), by least squares on `batches` (an iterable of images): its output is to reproduce that
-    of the block in the unpruned network. Nothing else in the model changes; all blocks are left at
-    lam = 0.
+def fit(model, prune, batches, in_turn=True, ridge=1e-2, pixels=8192, room=2**32):
+    """Solves the fitted form of the blocks in `prune`, as for set_subnet (of the paper's form there
+    is nothing to solve), by least squares on `batches` (an iterable of images): its output is to
+    reproduce that of the block in the unpruned network. Nothing else in the model changes; all
+    blocks are left at lam = 0.
 
-    in_turn: on the inputs that a block gets while those of `names` before it are pruned, so that
+    in_turn: on the inputs that a block gets while those of `prune` before it are pruned, so that
     each fit also corrects the errors of those before. The unpruned and the pruned network go
     through the blocks together, as two halves of each batch, and all batches wait at a block until
     it is solved: two forward passes, but the activations of all images are in memory, so that no
-    more are taken than fit in `room` bytes. Else on the unpruned network's inputs.
+    more are taken than fit in `room` bytes. Else on the unpruned network's inputs, and all rungs of
+    a block at once.
 
     The normal equations are summed up in float64, over all processes, from at most `pixels` output
     pixels (or tokens) of a batch: theirs does not grow with the number of batches. `ridge`, a share
     of each input's variance, pulls towards a block that is its skip alone. (ReplaceMe, NeurIPS
     2025, fits linear maps in the place of language models' blocks.)"""
-    todo = [block for name, block in prunable_blocks(model).items() if name in names
-            and block.pruned]
+    set_subnet(model, prune)
+    todo = [block for name, block in prunable_blocks(model).items() if name in prune
+            and (block.pruned if in_turn else block.fitted)]
     sums = {block: [0, 0, torch.Generator().manual_seed(0)] for block in todo}
 
     class Reached(Exception):
@@ -827,16 +992,14 @@ def fit(model, names, batches, in_turn=True, ridge=1e-2, pixels=8192, room=2**32
         with contextlib.suppress(Reached), torch.no_grad():  # a thread has its own grad mode
             model(torch.cat([images, images]) if in_turn else images)
 
-    def solve(block):
+    def solve_block(block):
         gram, cross, _ = sums.pop(block)
         average([gram, cross])
         gram, cross = gram / gram[-1, -1], cross / gram[-1, -1]
         mean, bias = gram[-1, :-1], cross[-1]
         gram, cross = gram[:-1, :-1] - mean[:, None] * mean, cross[:-1] - mean[:, None] * bias
-        scale = (gram.diagonal().clamp(min=0) + 1e-12).rsqrt()[:, None]
-        system = gram * scale * scale.T + ridge * torch.eye(len(gram)).to(gram)
-        weight = scale * torch.linalg.solve(system, cross * scale)
-        block.set_linear(weight.T, bias, mean, gram)
+        for rung in [block.rung] if in_turn else block.fitted:
+            block.set_linear(rung, mean, bias, gram, cross, ridge)
 
     thread, walks, held = threading.local(), [], []
     model.eval()
@@ -858,7 +1021,7 @@ def fit(model, names, batches, in_turn=True, ridge=1e-2, pixels=8192, room=2**32
             else:
                 forward(images)
         for block in progress_bar(todo, "fit", unit="block"):
-            solve(block)
+            solve_block(block)
             for walk in walks if block is not todo[-1] else ():
                 next(walk, None)
     finally:
@@ -1014,7 +1177,7 @@ def save(checkpoint, path):
     if processes()[0] == 0:
         with replacing(path) as temporary:
             try:
-                torch.save({"format": 3, **checkpoint}, temporary)
+                torch.save({"format": 4, **checkpoint}, temporary)
             except RuntimeError as error:  # a full disk
                 raise UserError(f"cannot write {path}: {error}") from error
 
@@ -1038,7 +1201,7 @@ def read_checkpoint(path, *stages):
         raise UserError(f"{path} does not exist: run the stage before, or name its file") from error
     except Exception as error:  # torch.load raises many kinds
         raise UserError(f"{path} is damaged or is not a checkpoint: write it again") from error
-    if version != 3:
+    if version != 4:
         raise UserError(f"{path} was written by another version of this project: write it again")
     if stages and stage not in stages:
         raise UserError(f"{path} holds: {stage}. This needs: {' or '.join(stages)}")
@@ -1046,12 +1209,14 @@ def read_checkpoint(path, *stages):
 
 
 def read_subnet(path, model=None):
-    """A subnet spec, checked: a dict with "prune", a list of module paths, and more. UserError
-    where it is not for `model`, the supernet's."""
+    """A subnet spec, checked: a dict with "prune", a list of module paths or a dict from them to
+    rungs, and more. UserError where it is not for `model`, the supernet's."""
     try:
         with open(path, encoding="utf-8") as file:
             subnet = json.load(file)
-        right = subnet["format"] == 1 and {*map(type, [subnet["model"], *subnet["prune"]])} == {str}
+        prune = subnet["prune"]
+        names = [subnet["model"], *prune, *(prune.values() if isinstance(prune, dict) else ())]
+        right = subnet["format"] == 1 and {*map(type, names)} == {str}
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist: run 2_search.py, or write it by hand") from error
     except (ValueError, TypeError, KeyError, RecursionError):

@@ -3,6 +3,7 @@ rounding."""
 
 import copy
 import os
+import random
 import re
 
 import pytest
@@ -77,8 +78,9 @@ def randomise(model, batch, strength=1.0):
             module.bias.normal_(std=0.1)
         if isinstance(getattr(module, "gamma", None), nn.Parameter):
             module.gamma.uniform_(0.2, 0.5)
-        if getattr(module, "pruned", None):  # as if fitted
-            module.pruned[-1 if module.pruned[-1].weight.ndim > 1 else 0].weight.normal_(std=0.1)
+        for layer in module.fitted.modules() if isinstance(module, blocks.Prunable) else ():
+            if isinstance(layer, (nn.Linear, nn.Conv2d)):  # as if fitted
+                layer.weight.normal_(std=0.1)
     recalibrate(model, [batch])
     for module in model.modules():
         if isinstance(module, BatchNorm):
@@ -190,8 +192,8 @@ def test_merged_network_is_a_plain_module(name, model_args):
 
 
 def test_every_timm_model_of_the_families(request, capsys):
-    """With up to 30 M parameters: every other prunable block pruned, merged, the whole network
-    compared. What is left out either has no such block or is named. Without --run-slow every
+    """With up to 30 M parameters: every other prunable block pruned, to its first rung and to a
+    random one, merged, the whole network compared. What is left out either has no such block or is named. Without --run-slow every
     fortieth name and two more."""
     errors, refused = {}, []
     names = timm.list_models()
@@ -216,11 +218,16 @@ def test_every_timm_model_of_the_families(request, capsys):
         if not model.default_cfg.get("fixed_input_size"):
             height = width = 64
         batch = torch.randn(4, channels, height, width, dtype=torch.float64)
-        set_subnet(model, names[::2])
-        randomise(model, batch, strength=0.2)
-        with torch.no_grad():
-            expected = model(batch)
-            error = (merge(model)(batch) - expected).abs().max() / expected.abs().max().clamp(min=1)
+        rng = random.Random(name)
+        rungs = {path: rng.choice(prunable_blocks(model)[path].rungs) for path in names[::2]}
+        error = 0
+        for prune in (names[::2], rungs):
+            set_subnet(model, prune)
+            randomise(model, batch, strength=0.2)
+            with torch.no_grad():
+                expected = model(batch)
+                difference = (merge(model)(batch) - expected).abs().max()
+            error = max(error, difference / expected.abs().max().clamp(min=1))
         errors.setdefault(type(prunable_blocks(model)[names[0]]).timm_class.__name__, {})[name] = (
             error.item()
         )
@@ -289,16 +296,81 @@ def test_merged_block_is_the_trained_one(kind, end_act, form):
     torch.manual_seed(0)
     model = nn.Sequential(BLOCKS[kind]()).double().eval()
     make_prunable(model, form, end_act)
-    set_subnet(model, ["0"])
-    for height, width in ((32, 32), (33, 33), (47, 32), (5, 7)):
-        batch = torch.randn(4, 8, height, width, dtype=torch.float64)
-        randomise(model, batch)
-        merged = merge(model)
-        assert_same(model, merged, batch)
-        assert_same(model, nn.Sequential(copy.deepcopy(model)[0].fuse()), batch)
+    macs = [cost(model, (8, 32, 32))["macs"]]
+    for rung in model[0].rungs:
+        set_subnet(model, {"0": rung})
+        for height, width in ((32, 32), (33, 33), (47, 32), (5, 7)):
+            batch = torch.randn(4, 8, height, width, dtype=torch.float64)
+            randomise(model, batch)
+            merged = merge(model)
+            assert_same(model, merged, batch)
+            assert_same(model, nn.Sequential(copy.deepcopy(model)[0].fuse()), batch)
         convs = [module for module in merged.modules() if isinstance(module, nn.Conv2d)]
-        assert len(convs) == (2 if "convnext" in kind or "resnet-d" in kind else 1)
+        branch = "resnet-d" in kind  # a conv in the skip
+        expected = {"separable": 2, "skip": 0}.get(rung, 1)
+        assert len(convs) == expected + branch
         assert all(conv.weight.is_contiguous() for conv in convs)
+        macs.append(cost(merged, (8, 32, 32))["macs"] if list(merged.parameters()) else 0)
+    assert macs == sorted(macs, reverse=True) and len(set(macs)) == len(macs)
+    if "TF" not in kind:  # for all of the block
+        assert (macs[-1] == 0) == ("skip" in model[0].rungs)
+
+
+@pytest.mark.parametrize("name, model_args", SMALL, ids=[name for name, _ in SMALL])
+def test_networks_of_random_rungs(name, model_args):
+    model = create(name, model_args)
+    make_prunable(model, attention="vit" in name and "naflex" not in name)
+    for seed in range(2):
+        rng = random.Random(seed)
+        prune = {
+            path: rng.choice(block.rungs)
+            for path, block in prunable_blocks(model).items()
+            if rng.random() < 0.8
+        }
+        set_subnet(model, prune)
+        batch = images(32, 16) + 3 * images(1, 16)
+        randomise(model, batch, 0.5)
+        assert_same(model, merge(model), batch)
+
+
+@pytest.mark.parametrize("kind", ["basic", "inverted", "inverted, stride 2", "convnext"])
+@torch.no_grad()
+def test_lower_rungs_are_fitted_as_well_as_can_be(kind):
+    """Planted in the place of the block, as a conv of that shape, they are found again; and a
+    search in all directions around what was fitted to the block itself finds nothing better."""
+    torch.manual_seed(0)
+    model = nn.Sequential(BLOCKS[kind]()).double().eval()
+    make_prunable(model, "fitted", end_act=False)
+    block = model[0]
+    block.act2 = nn.Identity()
+    batch = torch.randn(32, 8, 9, 9, dtype=torch.float64)
+    randomise(model, batch)
+    for rung in block.rungs[:-1] if "skip" in block.rungs else block.rungs:
+        set_subnet(model, {"0": rung})
+        planted = model(batch) - block.skip_part(batch)
+        fit(model, {"0": rung}, [batch], ridge=1e-12)
+        set_subnet(model, [])
+        wanted = model(batch)
+
+        def error(rung=rung, wanted=wanted):
+            set_subnet(model, {"0": rung})
+            return (model(batch) - wanted).square().mean().item()
+
+        least, layers = error(), block.fitted[rung]
+        for parameter in [layers[-1].weight, layers[-1].bias]:
+            before = parameter.clone()
+            for step in (0.99, 1.01):
+                parameter.copy_(before * step)
+                assert error() >= least * (1 - 1e-9)
+            parameter.copy_(before)
+        block.linear_part = lambda x, planted=planted: planted + block.skip_part(x)
+        with torch.no_grad():
+            fit(model, {"0": rung}, [batch], ridge=1e-12)
+        del block.linear_part
+        set_subnet(model, {"0": rung})
+        found = model(batch) - block.skip_part(batch)
+        if kind != "convnext":  # whose kernels stay the block's
+            assert (found - planted).norm() < 1e-4 * planted.norm()
 
 
 @both_forms
@@ -312,10 +384,11 @@ def test_merged_vit_block_is_the_trained_one(end_act, init_values, form):
         .eval()
     )
     make_prunable(model, form, end_act)
-    set_subnet(model, ["0"])
     tokens = torch.randn(4, 17, 16, dtype=torch.float64)
-    randomise(model, tokens)
-    assert_same(model, merge(model), tokens)
+    for rung in ("linear", "skip"):
+        set_subnet(model, {"0": rung})
+        randomise(model, tokens)
+        assert_same(model, merge(model), tokens)
 
 
 @torch.no_grad()
@@ -485,8 +558,8 @@ def test_nothing_pruned_is_timm_bit_for_bit(name, model_args, train, form):
     names = make_prunable(ours, form)
     timm_keys, our_keys = list(theirs.state_dict()), list(ours.state_dict())
     assert [key for key in our_keys if key in timm_keys] == timm_keys
-    new = ".pruned." if form == "fitted" else ".norm_bn."
-    assert all(new in key for key in set(our_keys) - set(timm_keys))
+    new = re.compile(r"\.fitted\." if form == "fitted" else r"\.fitted\.|\.norm_bn\.")
+    assert all(new.search(key) for key in set(our_keys) - set(timm_keys))
     assert names == list(prunable_blocks(ours)) and len(names) in (12, 16, 18)
     batch = images(32).float()
     for prune, lam in (([], 1.0), (names, 0.0)):
@@ -732,10 +805,13 @@ def test_blocks_that_cannot_merge_are_named_and_the_others_stay_prunable():
         UserError, match=r"inside \(mixed, conditional, space-to-depth\): blocks.1.0, blocks.1.1"
     ):
         make_prunable(timm.create_model("mixnet_s"))
+    model = nn.Sequential(InvertedResidual(8, 8, exp_ratio=2))  # a dense conv would cost more
+    make_prunable(model)
+    assert model[0].rungs == ["separable", "1x1", "skip"] and model[0].pruned
     with pytest.raises(
-        UserError, match="has no prunable block; a dense 3x3 conv would be more expensive: 0: use"
+        UserError, match="0 cannot be pruned to dense; its rungs are separable, 1x1, skip"
     ):
-        make_prunable(nn.Sequential(InvertedResidual(8, 8, exp_ratio=2)))
+        set_subnet(model, {"0": "dense"})
 
 
 @both_forms

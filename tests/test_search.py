@@ -16,11 +16,15 @@ import blocks
 from blocks import UserError, evaluate, fit, make_prunable, prunable_blocks, recalibrate, set_subnet
 
 search_script = importlib.import_module("2_search")
-NAMES = list("abcdef")
-SAVINGS = {
-    name: {"macs": 10 + i, "params": value}
+NAMES = {name: ("dense", "skip") if name in "bd" else ("dense",) for name in "abcdef"}
+SAVINGS = {  # of each gene: the block as it is, and its rungs
+    name: [
+        {"macs": 10 * gene + i * (gene > 0), "params": value * gene}
+        for gene in range(len(NAMES[name]) + 1)
+    ]
     for i, (name, value) in enumerate(zip(NAMES, (12, -9, 7, 0, 8, 5)))
 }
+ALL = list(itertools.product(*(range(len(rungs) + 1) for rungs in NAMES.values())))
 WHOLE = {"macs": 100, "params": 100}
 
 
@@ -36,76 +40,82 @@ WHOLE = {"macs": 100, "params": 100}
     ],
 )
 def test_budgets(kind, value):
-    fits, repair, every = search_script.make_budget(kind, value, NAMES, WHOLE, WHOLE, SAVINGS)
-    subsets = [frozenset(c) for k in range(7) for c in itertools.combinations(NAMES, k)]
+    budget = search_script.make_budget(kind, value, NAMES, WHOLE, WHOLE, SAVINGS)
+    sizes, fits, repair, every = budget
+    assert sizes == [2] * 6 if kind == "prune" else sizes == [2, 3, 2, 3, 2, 2]
+    candidates = [c for c in ALL if kind != "prune" or max(c) < 2]
     right = {
         c
-        for c in subsets
+        for c in candidates
         if (
-            len(c) == value
+            sum(c) == value
             if kind == "prune"
-            else WHOLE[kind] - sum(SAVINGS[name][kind] for name in c) <= value * WHOLE[kind]
+            else WHOLE[kind] - sum(SAVINGS[name][gene][kind] for name, gene in zip(NAMES, c))
+            <= value * WHOLE[kind]
         )
     }
-    assert {c for c in subsets if fits(c)} == right
-    listed = list(every())
-    assert len(listed) == len(right) and set(listed) == right
+    assert {c for c in candidates if fits(c)} == right
+    assert list(every()) == sorted(right)
     rng = random.Random(0)
-    for _ in range(200):
-        assert repair([name for name in NAMES if rng.random() < 0.5], rng) in right
+    for candidate in rng.choices(candidates, k=200):
+        assert repair(candidate, rng) in right
     for candidate in right:
         assert repair(candidate, rng) == candidate
 
 
 def test_a_budget_that_nothing_meets():
     with pytest.raises(
-        UserError, match="merged subnets have 0.6800 to 1.0900 of the baseline's params"
+        UserError, match="merged subnets have 0.6800 to 1.1800 of the baseline's params"
     ):
         search_script.make_budget("params", 0.67, NAMES, WHOLE, WHOLE, SAVINGS)
 
 
 def made_up(candidate):
     """Losses for NAMES with interactions between neighbours."""
-    chosen = [name in candidate for name in NAMES]
     return {
-        "loss": sum(c * (i + 1) for i, c in enumerate(chosen))
-        + 3 * sum(a and b for a, b in zip(chosen, chosen[1:])),
+        "loss": sum(c * (i + 1) for i, c in enumerate(candidate))
+        + 3 * sum(a and b for a, b in zip(candidate, candidate[1:])),
         "top1": 0.0,
-        "macs": -sum(chosen),
+        "macs": -sum(candidate),
     }
 
 
 def test_a_small_space_is_scored_completely(capsys):
     budget = search_script.make_budget("prune", 3, NAMES, WHOLE, WHOLE, SAVINGS)
-    scores, exact = search_script.search(made_up, budget, NAMES, 6, 4, 0)
-    assert (
-        exact
-        and len(scores) == 20
-        and min(scores, key=lambda c: scores[c]["loss"]) == frozenset("ace")
-    )
+    scores, exact = search_script.search(made_up, budget, 6, 4, 0)
+    best = (1, 0, 1, 0, 1, 0)
+    assert exact and len(scores) == 20 and min(scores, key=lambda c: scores[c]["loss"]) == best
     assert "20 subnets keep to the budget: scoring all of them" in capsys.readouterr().out
-    scores, exact = search_script.search(made_up, budget, NAMES, 4, 3, 0)
-    assert not exact and len(scores) == 12 and all(len(c) == 3 for c in scores)
-    scores = {
-        c: made_up(c) for k in range(4) for c in map(frozenset, itertools.combinations(NAMES, k))
-    }
+    scores, exact = search_script.search(made_up, budget, 4, 3, 0)
+    assert not exact and len(scores) == 12 and all(sum(c) == 3 for c in scores)
+    scores = {c: made_up(c) for c in ALL if max(c) < 2 and sum(c) < 4}
     front = search_script.pareto(scores, "macs")
-    assert front == [frozenset(), frozenset("a"), frozenset("ac"), frozenset("ace")]
+    assert front == [(0,) * 6, (1, 0, 0, 0, 0, 0), (1, 0, 1, 0, 0, 0), best]
+
+
+def test_a_ladder_is_searched_completely():
+    """All 144 candidates of a budget that everything meets, and what is written for one of them."""
+    budget = search_script.make_budget("macs", 1.0, NAMES, WHOLE, WHOLE, SAVINGS)
+    scores, exact = search_script.search(made_up, budget, 20, 8, 0)
+    assert exact and set(scores) == set(ALL)
+    candidate = (1, 2, 0, 0, 0, 1)
+    prune = {"a": "dense", "b": "skip", "f": "dense"}
+    assert search_script.spec(candidate, NAMES) == prune
+    assert search_script.spec((1, 0, 0, 0, 0, 1), NAMES) == ["a", "f"]
+    for spec, genes in ((prune, candidate), (["f", "a"], (1, 0, 0, 0, 0, 1)), ([], (0,) * 6)):
+        assert search_script.genes(spec, NAMES) == genes
 
 
 def test_of_equal_losses_the_cheaper_subnet_wins(capsys):
     def score(candidate):  # all alike, and the alphabet's last ones are the cheapest
-        return {"loss": 1.0, "top1": 50.0, "macs": -sum(map(ord, candidate))}
+        return {"loss": 1.0, "top1": 50.0, "macs": -sum(i * c for i, c in enumerate(candidate))}
 
     budget = search_script.make_budget("prune", 2, NAMES, WHOLE, WHOLE, SAVINGS)
-    scores, _ = search_script.search(score, budget, NAMES, 6, 4, 0)
-    assert (
-        search_script.ranked(scores)[0]
-        == frozenset("ef")
-        == search_script.pareto(scores, "macs")[0]
-    )
-    scores[frozenset("ab")]["loss"] = float("nan")
-    assert search_script.ranked(scores)[-1] == frozenset("ab")
+    scores, _ = search_script.search(score, budget, 6, 4, 0)
+    first, last = (1, 1, 0, 0, 0, 0), (0, 0, 0, 0, 1, 1)
+    assert search_script.ranked(scores)[0] == last == search_script.pareto(scores, "macs")[0]
+    scores[first]["loss"] = float("nan")
+    assert search_script.ranked(scores)[-1] == first
 
 
 @pytest.mark.parametrize("form", ["reparam", "fitted"])
@@ -126,22 +136,23 @@ def test_scores_are_the_same_bits_in_any_order(name, attention, fits_in_memory, 
         name, num_classes=4, **({"img_size": 32} if name == "test_vit" else {})
     )
     names = make_prunable(model, form, attention=attention)
-    fit(model, names, [torch.randn(8, 3, 32, 32)])
+    fit(model, names, [torch.randn(8, 3, 32, 32)], in_turn=False)
+    rungs = {name: block.rungs for name, block in prunable_blocks(model).items()}
     calibration = [torch.randn(4, 3, 32, 32) for _ in range(2)]
     held_out = [(torch.randn(4, 3, 32, 32), torch.randint(4, (4,))) for _ in range(2)]
     rng = random.Random(0)
-    candidates = [frozenset(n for n in names if rng.random() < 0.5) for _ in range(8)]
-    candidates += candidates[-2:] + [frozenset(), frozenset(), frozenset(names)]
+    candidates = [tuple(rng.randrange(len(r) + 1) for r in rungs.values()) for _ in range(8)]
+    candidates += candidates[-2:] + 2 * [(0,) * len(names)] + [(1,) * len(names)]
 
     def from_scratch(candidate):
-        set_subnet(model, candidate)
+        set_subnet(model, search_script.named(candidate, rungs))
         recalibrate(model, calibration)
         return evaluate(model, held_out)
 
     right = {c: from_scratch(c) for c in candidates}
     room = 2**31 if fits_in_memory else 1
-    score = search_script.make_score(model, names, calibration, held_out, room)
-    for order in (candidates, candidates[::-1], search_script.in_running_order(candidates, names)):
+    score = search_script.make_score(model, rungs, calibration, held_out, room)
+    for order in (candidates, candidates[::-1], sorted(candidates)):
         for candidate in order:
             assert score(candidate) == right[candidate]
 
@@ -149,17 +160,18 @@ def test_scores_are_the_same_bits_in_any_order(name, attention, fits_in_memory, 
 def test_blocks_that_are_the_same_do_not_run_again():
     model = timm.create_model("test_convnext", num_classes=4)
     names = make_prunable(model, "fitted")
-    calls = []
+    rungs, calls = {name: block.rungs for name, block in prunable_blocks(model).items()}, []
     for name, block in prunable_blocks(model).items():
         for conv in (block.conv_dw, block.pruned[0]):  # of one form each
             conv.register_forward_hook(lambda *_, name=name: calls.append(name))
     images = torch.randn(4, 3, 32, 32)
     score = search_script.make_score(
-        model, names, [images], [(images, torch.zeros(4, dtype=torch.long))]
+        model, rungs, [images], [(images, torch.zeros(4, dtype=torch.long))]
     )
-    score(names[:2])
+    rest = [0] * (len(names) - 3)
+    score((1, 1, 0, *rest))
     calls.clear()
-    score(names[:3])
+    score((1, 1, 1, *rest))
     assert calls == 2 * names[2:]
 
 
@@ -209,9 +221,13 @@ def test_several_sizes_and_specs_of_ones_own(runs, monkeypatch, tmp_path, capsys
 @pytest.mark.parametrize("name, attention", [("test_resnet", False), ("test_vit", True)])
 def test_latencies_of_blocks(name, attention):
     model = timm.create_model(name, **({"img_size": 32} if attention else {}))
-    names = make_prunable(model, attention=attention)
-    table = search_script.measure_blocks(model, names, torch.randn(2, 3, 32, 32), pairs=2, rounds=1)
-    assert list(table["savings"]) == names and table["baseline"] > 0 and table["error"] >= 0
+    make_prunable(model, attention=attention)
+    rungs = {name: block.rungs for name, block in prunable_blocks(model).items()}
+    images = torch.randn(2, 3, 32, 32)
+    table = search_script.measure_blocks(model, rungs, images, networks=2, rounds=1)
+    assert list(table["savings"]) == list(rungs) and table["baseline"] > 0 and table["error"] >= 0
+    for name, saved in table["savings"].items():
+        assert saved[0] == 0 and len(saved) == len(rungs[name]) + 1
 
 
 def test_latencies_are_those_of_a_processor(monkeypatch, tmp_path):
@@ -224,7 +240,7 @@ def test_latencies_are_those_of_a_processor(monkeypatch, tmp_path):
     about, path = {"model": "resnet18", "model_args": {}}, str(tmp_path / "latency.json")
     for name in ("One CPU", "Other CPU"):
         monkeypatch.setattr(search_script.platform, "processor", lambda name=name: name)
-        made = search_script.latency_table(path, about, None, [], torch.zeros(2, 3, 32, 32))
+        made = search_script.latency_table(path, about, None, {}, torch.zeros(2, 3, 32, 32))
         assert made["device"] == name
 
 
@@ -233,14 +249,14 @@ def test_latency_is_measured_once(runs, monkeypatch, tmp_path, capsys):
     """And kept, but not where the machine was too busy. (The times are made up: so no busy machine
     fails this test.)"""
     checkpoint, path = blocks.read_checkpoint(runs / "supernet.pt"), tmp_path / "latency.json"
-    names = list(blocks.prunable_blocks(blocks.build(checkpoint)))
+    names = {n: b.rungs for n, b in blocks.prunable_blocks(blocks.build(checkpoint)).items()}
     errors = iter([0.01, 0.01, 0.01, 0.01, 0.01, 0.5, 0.5, 0.01, 0.5, 0.5, 0.5])
     monkeypatch.setattr(
         search_script,
         "measure_blocks",
         lambda *args: {
             "baseline": 1.0,
-            "savings": dict.fromkeys(names, 0.04),
+            "savings": {name: [0.04 * (i > 0) for i in range(5)] for name in names},
             "error": next(errors),
         },
     )

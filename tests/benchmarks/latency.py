@@ -16,7 +16,7 @@ import timm
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
-from blocks import latencies, make_prunable  # noqa: E402
+from blocks import latencies, make_prunable, prunable_blocks  # noqa: E402
 
 search = importlib.import_module("2_search")
 parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -58,18 +58,23 @@ def main():
         for batch in args.batch_sizes:
             torch.manual_seed(0)
             model, rng = timm.create_model(name), random.Random(1)
-            blocks = make_prunable(model)
+            make_prunable(model)
+            blocks = {name: block.rungs for name, block in prunable_blocks(model).items()}
             images = torch.randn(batch, 3, 224, 224, device=device).to(
                 memory_format=torch.channels_last
             )
             table = search.measure_blocks(model, blocks, images)
 
             def predicted(subnet):
-                return table["baseline"] - sum(table["savings"][name] for name in subnet)
+                genes = search.genes(subnet, blocks)
+                return table["baseline"] - sum(
+                    seconds[gene] for seconds, gene in zip(table["savings"].values(), genes)
+                )
 
-            subnets = [set()]
+            subnets = [{}]
             while len(subnets) <= args.subnets:
-                subnets.append(set(rng.sample(blocks, rng.randint(1, len(blocks)))))
+                some = rng.sample(list(blocks), rng.randint(1, len(blocks)))
+                subnets.append({name: rng.choice(blocks[name]) for name in some})
             # three networks at a time, in turn with the baseline: the machine's mood changes over
             # minutes
             timed, share = [], [predicted(subnet) / predicted(()) for subnet in subnets[1:]]

@@ -65,7 +65,7 @@ parser.add_argument(
 
 def search_quality(args, score, blocks, from_scratch):
     budget = stage2.make_budget("prune", args.prune, blocks, {}, {}, {})
-    space = stage2.in_running_order(budget[2](), blocks)
+    space = list(budget[3]())
     started = time.time()
     table = {candidate: score(candidate) for candidate in space}
     speeds = [len(space) / (time.time() - started)]
@@ -82,7 +82,7 @@ def search_quality(args, score, blocks, from_scratch):
         f"{len(space)} subnets of {args.prune} of {len(blocks)} blocks; subnets/s: all, sorted {speeds[0]:.2f}, at random"
         f" {speeds[1]:.2f}; recalibrated and evaluated from scratch, images read again, {speeds[2]:.2f}"
     )
-    ranked = sorted(space, key=lambda c: (table[c]["loss"], sorted(c)))
+    ranked = sorted(space, key=lambda c: (table[c]["loss"], c))
     generations = int(args.share * len(space)) // args.population
     print("seed  scored   rank of the search's pick   rank of random search's pick (mean of 100)")
     for seed in range(args.seeds):
@@ -90,14 +90,13 @@ def search_quality(args, score, blocks, from_scratch):
         scores, exact = stage2.search(
             lambda candidate: {**table[candidate], "macs": 0},
             budget,
-            blocks,
             args.population,
             generations,
             seed,
         )
         sys.stdout = silence
         assert not exact
-        rank = ranked.index(min(scores, key=lambda c: (scores[c]["loss"], sorted(c)))) + 1
+        rank = ranked.index(min(scores, key=lambda c: (scores[c]["loss"], c))) + 1
         rng = random.Random(seed)
         others = statistics.mean(
             min(map(ranked.index, rng.sample(space, len(scores)))) + 1 for _ in range(100)
@@ -117,7 +116,7 @@ def ranking(args, scores, blocks, checkpoint):
     os.makedirs(args.out, exist_ok=True)
     for i in range(args.train):
         size = rng.randint(1, len(blocks)) if args.any_size else args.prune
-        prune = sorted(rng.sample(blocks, size), key=blocks.index)
+        prune = sorted(rng.sample(list(blocks), size), key=list(blocks).index)
         path = os.path.join(args.out, f"{'any' if args.any_size else size}-{i}")
         with open(path + ".json", "w", encoding="utf-8") as file:
             json.dump({"format": 1, "model": checkpoint["model"], "prune": prune}, file)
@@ -142,7 +141,7 @@ def ranking(args, scores, blocks, checkpoint):
         )
         top1, results = (
             read_checkpoint(path + ".pt")["subnet"]["top1"],
-            [score(frozenset(prune)) for score in scores],
+            [score(stage2.genes(prune, blocks)) for score in scores],
         )
         rows.append((top1, size, results))
         print(
@@ -170,13 +169,13 @@ def main():
         parser.error(f"unknown: {' '.join(args.stage3)}")
     checkpoint = read_checkpoint(args.supernet[0], "supernet")
     plain = build(checkpoint).to(memory_format=torch.channels_last)
-    blocks = list(prunable_blocks(plain))
+    blocks = {name: block.rungs for name, block in prunable_blocks(plain).items()}
 
     def images(part, limit):  # as stage 2 does by default
         return list(make_loader(checkpoint["data"], part, 128, torch.device("cpu"), limit=limit))
 
     def from_scratch(candidate):
-        set_subnet(plain, candidate)
+        set_subnet(plain, stage2.named(candidate, blocks))
         recalibrate(plain, [batch for batch, _ in images("train", 512)])
         return evaluate(plain, images("holdout", 2000))
 
