@@ -19,9 +19,10 @@ The baseline is trained first (--baseline-epochs), unless its weights are given.
 epochs follow, by the sandwich rule: each step runs the largest subnet (nothing pruned) on the
 labels, and the smallest (everything pruned) and two random ones on the largest's output as soft
 labels; their gradients add up to one update. In the paper's form (--form reparam), whose weights
-all subnets share, the soft labels are the baseline's, also for the largest. With --epochs 0, and
-with --form fitted before its epochs, every pruned block is fitted to the baseline in closed form,
-on --calibrate training images.
+all subnets share, the soft labels are the baseline's, also for the largest. All that is of the
+fitted form is solved before, in closed form on --calibrate training images: with --form fitted or
+--epochs 0 every pruned block, else the lower rungs of the blocks' ladders, which are not trained
+here.
 """
 import argparse
 import copy

@@ -1,10 +1,10 @@
 """Stage 2 of 4: searches the supernet for the blocks to prune, with a genetic algorithm.
 
 Reads runs/supernet.pt. Writes runs/subnet.json, which can as well be written by hand: "prune" lists
-the module paths of the blocks to prune, all else is for the record. Beside it, runs/subnet.front/
-has a spec for each of the best trade-offs, runs/subnet.search.csv every subnet scored,
-runs/latency.json the latencies of the blocks, and while the stage runs, runs/subnet.json.last is
-what --resume goes on from.
+the module paths of the blocks to prune, or names a rung of the ladder for each; all else is for the
+record. Beside it, runs/subnet.front/ has a spec for each of the best trade-offs,
+runs/subnet.search.csv every subnet scored, runs/latency.json the latencies of the blocks, and while
+the stage runs, runs/subnet.json.last is what --resume goes on from.
 
     python 2_search.py                     # half of the prunable blocks
     python 2_search.py --prune 6           # six of them (the paper's P6)
@@ -15,10 +15,11 @@ what --resume goes on from.
     python 2_search.py --score my.json     # only scores subnets of your own
     torchrun --nproc-per-node 8 2_search.py --workers 8  # shares the candidates out
 
-Budgets hold for the merged network. A candidate's score is its loss on training images that stage 1
-held back, after the BN statistics of a trained supernet were recalibrated, always from scratch and
-on the same images: no score depends on what was scored before. Where no more subnets keep to the
-budget than would be scored anyway, all of them are, and the best is the true optimum.
+--prune takes the first rung of each block's ladder, shares choose among all rungs. Budgets hold for
+the merged network. A candidate's score is its loss on training images that stage 1 held back, after
+the BN statistics of a trained supernet were recalibrated, always from scratch and on the same
+images: no score depends on what was scored before. Where no more subnets keep to the budget than
+would be scored anyway, all of them are, and the best is the true optimum.
 """
 import argparse
 import contextlib

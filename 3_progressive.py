@@ -54,8 +54,8 @@ flag("--distill", type=share, default=0.5, metavar="W", help="weight of the base
 flag("--form", choices=("reparam", "fitted"),
      help="of the pruned blocks (None: stage 1's; fitted with --epochs 0)")
 flag("--end-act", action=argparse.BooleanOptionalAction, default=None,
-     help="insert an activation at the end of pruned blocks that have none (None: where all blocks"
-          " of a CNN are pruned, and trained)")
+     help="insert an activation at the end of pruned blocks that have none (None: if trained, in"
+          " a CNN of which all blocks are pruned, and in any ConvNeXt of the reparam form)")
 flag("--calibrate", type=at_least(0), default=4096, metavar="N",
      help="training images to fit the pruned blocks on; 0: each starts as its skip alone")
 flag("--batch-size", type=at_least(2), default=64, help="images per step and process")
@@ -178,13 +178,15 @@ def main():
     form = args.form or (checkpoint["flags"]["form"] if args.epochs else "fitted")
     if args.transition is None:
         args.transition = 0.25 if form == "reparam" else 0.1
-    # Without training end activations only harm, and in the fitted form so they do as long as some
-    # block stays
+    # Without training end activations only harm. In the fitted form, and in inverted residuals, so
+    # they do as long as some block stays
     whole = copy.deepcopy(model)
     everything = set(subnet["prune"]) == set(make_prunable(whole)) and not obstacles(whole)
     end_act = args.end_act
-    if end_act is None and not (args.epochs and (form == "reparam" or everything)):
-        end_act = False
+    if end_act is None:
+        defaults = {block.end_act_default for block in prunable_blocks(whole).values()}
+        some = everything or (form == "reparam" and True in defaults)
+        end_act = bool(args.epochs and some and False not in defaults)
     make_prunable(model, form, end_act, checkpoint["attention"])
     set_subnet(model, subnet["prune"])  # raises for an unknown block
     prune = {name: block.rung for name, block in prunable_blocks(model).items()
@@ -197,7 +199,7 @@ def main():
     fitted = [name for name, block in prunable_blocks(model).items()
               if name in prune and block.pruned]
     if form == "reparam" and fitted:
-        print(f"fitted, not of their own layers: {' '.join(fitted)}")
+        print(f"of the fitted form: {' '.join(fitted)}")
     if state:
         print(f"going on after epoch {state['epoch']}")
     else:

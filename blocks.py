@@ -229,8 +229,8 @@ def solve(gram, cross, ridge):
 
 
 def separate(gram, cross, channels, ridge, rounds=3):
-    """Depthwise kernels (C, taps) on whose outputs a 1x1 conv fits best. `gram` and `cross` are those
-    of `patches`. It starts from the dense solution, of which each input channel's part
+    """Depthwise kernels (C, taps) on whose outputs a 1x1 conv fits best. `gram` and `cross` are
+    those of `patches`. It starts from the dense solution, of which each input channel's part
     (taps, O) is brought to rank 1; then kernels and 1x1 conv are solved in turn."""
     dense = solve(gram, cross, ridge).unflatten(0, (channels, -1))
     taps = dense.shape[1]
@@ -320,7 +320,7 @@ class Prunable:
     """
     pruned = property(lambda self: self.fitted[self.rung] if self.rung in self.fitted else None)
     serial = False  # True: the layers work on the output of skip_part, as a ViT's MLP does
-    end_act_default = True  # with all blocks pruned and no activation left, a network is linear
+    end_act_default = True  # None: only where all blocks are pruned and a network would be linear
 
     def forward(self, x, **attn_args):
         if self.lam == 0:
@@ -523,6 +523,7 @@ class PrunableInvertedResidual(PrunableConvs, _efficientnet_blocks.InvertedResid
     So this shift fades out as well, and BN2 absorbs it: at lam = 1 nothing that is padded carries a
     constant, and borders are exact."""
     timm_class = _efficientnet_blocks.InvertedResidual
+    end_act_default = None  # it clips what comes through the skip, which has few channels
 
     @staticmethod
     def obstacle(block):
@@ -785,7 +786,7 @@ def make_prunable(model, form="reparam", end_act=None, attention=False):
     form: "reparam", the paper's, or "fitted". Blocks whose own layers cannot be merged are fitted
     in any case, and so are all rungs of the ladder but the first; until `fit` or training, a fitted
     form is its skip alone, if it has one.
-    end_act: insert an activation at the end of pruned blocks that have none? None: in CNNs only.
+    end_act: insert an activation at the end of pruned blocks that have none? None: in ConvNeXts.
     attention: let the attention of ViT blocks be pruned, too: "blocks.0.attn" is a choice beside
     "blocks.0", the block's MLP. Returns the module paths of the blocks, in running order. UserError
     where there is none."""

@@ -102,7 +102,7 @@ def assert_same(ours, merged, batch):
 
 def check_network(name, model_args, chosen, sizes, strength=1.0, form="reparam"):
     model = create(name, model_args)
-    names = make_prunable(model, form)
+    names = make_prunable(model, form, end_act=True if form == "reparam" else None)
     set_subnet(model, chosen(names))
     for size in (
         (32,) if {"img_size", "num_heads"} & model_args.keys() else sizes
@@ -331,6 +331,16 @@ def test_networks_of_random_rungs(name, model_args):
         batch = images(32, 16) + 3 * images(1, 16)
         randomise(model, batch, 0.5)
         assert_same(model, merge(model), batch)
+
+
+@pytest.mark.parametrize(
+    "name, inserted", [("mobilenetv2_035", False), ("test_convnext", True), ("test_vit", False)]
+)
+def test_where_end_activations_are_inserted_by_default(name, inserted):
+    model = create(name, {})
+    make_prunable(model)
+    for block in prunable_blocks(model).values():
+        assert (block.end_act is not None) == inserted
 
 
 @pytest.mark.parametrize("kind", ["basic", "inverted", "inverted, stride 2", "convnext"])

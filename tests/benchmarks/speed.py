@@ -6,6 +6,8 @@ random: they do not matter.
     # DepthShrinker's choices of blocks
     python tests/benchmarks/speed.py --models mobilenetv2_140 --specs tests/benchmarks/specs/*.json
     python tests/benchmarks/speed.py --device cuda --batch-sizes 1 128
+    # all blocks at their first rung, at the second, …
+    python tests/benchmarks/speed.py --ladder
 
 A third, two thirds (drawn at random) and all of the prunable blocks, or those of --specs, each
 against the baseline and against the baseline with its BN folded; medians of many short turns, in
@@ -21,7 +23,16 @@ import timm
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
-from blocks import cost, latencies, make_prunable, merge, print_table, read_subnet, set_subnet  # noqa: E402
+from blocks import (  # noqa: E402
+    cost,
+    latencies,
+    make_prunable,
+    merge,
+    print_table,
+    prunable_blocks,
+    read_subnet,
+    set_subnet,
+)
 
 parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 parser.add_argument(
@@ -41,6 +52,7 @@ parser.add_argument("--img-size", type=int, default=224)
 parser.add_argument(
     "--attention", action="store_true", help="attention counts as a prunable block, too (ViTs only)"
 )
+parser.add_argument("--ladder", action="store_true", help="all blocks, rung by rung")
 parser.add_argument("--compile", action="store_true", help="torch.compile")
 parser.add_argument("--seed", type=int, default=0, help="draws the blocks")
 parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -73,6 +85,15 @@ def main():
             (f"{size} of {len(names)}", rng.sample(names, size))
             for size in (round(len(names) * third / 3) for third in (1, 2, 3))
         ]
+        if args.ladder:
+            ladders = {path: block.rungs for path, block in prunable_blocks(model).items()}
+            subnets = [
+                (
+                    f"rung {level + 1}",
+                    {path: rungs[min(level, len(rungs) - 1)] for path, rungs in ladders.items()},
+                )
+                for level in range(max(map(len, ladders.values())))
+            ]
         networks = [baseline, merge(model)]
         for _, prune in subnets:
             set_subnet(model, prune)
