@@ -361,7 +361,9 @@ def search(score, budget, population, generations, seed, price="macs", scores=No
             if len(fresh) == population:
                 break
             if len(parents) < 2 or rng.random() < 0.1:
-                child = [rng.choice((0, rng.randrange(1, size))) for size in sizes]
+                child = [0] * len(sizes)  # half of them just keep to the budget, once repaired
+                if rng.random() < 0.5:
+                    child = [rng.choice((0, rng.randrange(1, size))) for size in sizes]
             else:
                 child = list(map(rng.choice, zip(*rng.sample(parents, 2))))
                 for i, size in enumerate(sizes):
