@@ -398,7 +398,8 @@ def main():
         few = make_loader(data, "train", args.batch_size, device, args.workers,
                           limit=args.calibrate, split=True)
         fit(model, blocks, (images for images, _ in few), in_turn=False)
-        print(f"fitted {len(blocks)} blocks on {len(few.dataset) * world} training images in"
+        what = "blocks" if form == "fitted" else "blocks' lower rungs"
+        print(f"fitted {len(blocks)} {what} on {len(few.dataset) * world} training images in"
               f" {time.time() - started:.1f} s", flush=True)
     few = make_loader(data, "train", args.batch_size, device, limit=1024)
     # Of an untrained supernet all statistics are the baseline's and the fit's own: they are right

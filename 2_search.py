@@ -80,7 +80,7 @@ def named(candidate, blocks):
     return {name: rungs[gene - 1] for gene, (name, rungs) in zip(candidate, blocks.items()) if gene}
 
 
-def spec(candidate, blocks):
+def prune_entry(candidate, blocks):
     """The same as it stands in a subnet.json: a list where all are of their first rung."""
     prune = named(candidate, blocks)
     return prune if max(candidate) > 1 else list(prune)
@@ -114,15 +114,15 @@ def merged_on(model, prune, device):
 
 
 @torch.inference_mode()
-def measure_blocks(model, blocks, images, networks=16, rounds=9):
+def measure_blocks(model, blocks, images, count=16, rounds=9):
     """{"baseline": seconds, "savings": {block: [seconds of each gene]}, "error": …} of merged
     networks.
 
     Each block is timed inside the network, between its real neighbours, in all its forms: in the
-    network with nothing pruned, those with everything at one rung, and random ones, made so that
-    each form of a block is as frequent as any other; they take short turns. (Timed alone, with its
-    input still in the cache, a block came out up to a quarter wrong.) error: how far the sums are
-    from the networks' times."""
+    network with nothing pruned, the one with everything at its first rung, and more, at least
+    `count`, in which each form of a block is about as frequent as any other; they take short turns.
+    (Timed alone, with its input still in the cache, a block came out up to a quarter wrong.)
+    error: how far the sums are from the networks' times."""
     cuda, rng = images.device.type == "cuda", random.Random(0)
 
     def stamp():
@@ -134,7 +134,7 @@ def measure_blocks(model, blocks, images, networks=16, rounds=9):
 
     forms = [1 + len(rungs) for rungs in blocks.values()]
     first, subnets = [0] * len(forms), []
-    while len(subnets) < networks:
+    while len(subnets) < count:
         subnets += [tuple((a + step) % n for a, n in zip(first, forms))
                     for step in range(max(forms))]
         first = [rng.randrange(n) for n in forms]
@@ -221,7 +221,7 @@ def make_budget(kind, value, blocks, baseline, whole, savings):
     by random steps on the ladders; every() yields all that do. None has to give up: a budget that
     nothing can meet is an error, with the range that can be reached."""
     # Every budget asks for savings from `low` to `high`; pruning a block may also save less than 0
-    if kind == "prune":  # of their first rung, as lower ones never have a better loss
+    if kind == "prune":  # as in the paper: of their first rung
         table, low, high = [[0, 1] for _ in blocks], value, value
         if not 1 <= value <= len(blocks):
             raise UserError(f"--prune {value}: this model has 1 to {len(blocks)} blocks to prune")
@@ -452,7 +452,8 @@ def main():
     def save_subnet(candidate, path, **more):
         costs = {key: scores[candidate][key] for key in whole}
         found = {key: scores[candidate][key] for key in ("loss", "top1", "generation")}
-        save_json({"format": 1, "model": checkpoint["model"], "prune": spec(candidate, blocks),
+        save_json({"format": 1, "model": checkpoint["model"],
+                   "prune": prune_entry(candidate, blocks),
                    "model_args": checkpoint["model_args"], "input_size": data["input_size"],
                    "baseline": baseline, "merged": costs, "search": {**found, **more},
                    "flags": vars(args)}, path)

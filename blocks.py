@@ -305,7 +305,7 @@ class Prunable:
 
         obstacle(block)      why a block of the class is not prunable, or None
         own_obstacle(block)  why its own layers cannot be merged, or None; then it will be fitted
-        ladder(block)        names of its rungs, the most expensive first
+        ladder()             names of its rungs, the most expensive first
         prepare(end_act)     builds self.end_act if asked for
         skip_part(x)         what both forms are added to: the skip
         merged()             plain layers that compute the pruned form, in eval mode
@@ -315,7 +315,7 @@ class Prunable:
         own_layers(x, lam)   the block's own layers beside the skip, as lam leaves them
 
         of the fitted form
-        new_layers(rung)     linear layers and a BatchNorm, for self.fitted[rung]
+        new_layers(rung)     linear layers and a BatchNorm, for each rung but "skip"
         linear_inputs(x)     what the linear layers that `fit` solves work on, as rows
     """
     pruned = property(lambda self: self.fitted[self.rung] if self.rung in self.fitted else None)
@@ -348,6 +348,9 @@ class Prunable:
     def own_obstacle(block):
         return None
 
+    def ladder(self):
+        return ["linear", "skip"]
+
     def prepare(self, end_act):
         pass
 
@@ -366,7 +369,7 @@ class Prunable:
         return mean, gram, cross
 
     @torch.no_grad()
-    def set_linear(self, rung, mean, bias, gram, cross, ridge):
+    def solve_rung(self, rung, mean, bias, gram, cross, ridge):
         """Solves the layers of a rung, for linear_inputs x of this mean (d,) and covariance `gram`
         (d, d), and wanted outputs of mean `bias` (O,) and covariance `cross` (d, O) with x."""
         if rung == "skip":
@@ -415,25 +418,24 @@ class PrunableConvs(Prunable):
 
     def new_layers(self, rung):
         like, inputs, outputs, size = self.shape()
-        if rung == "skip":
-            return Nothing()
-        convs = [new_conv(like, inputs, outputs, 1 if rung == "1x1" else size)]
         if rung == "separable":
-            point = conv_like(nn.Conv2d(1, 1, 1, device="meta"), convs[0].weight[:, :, :1, :1])
-            convs = [new_conv(like, inputs, inputs, size, inputs), point]
-        bn = nn.BatchNorm2d(outputs).to(like.weight)
+            convs = [new_conv(like, inputs, inputs, size, inputs),
+                     nn.Conv2d(inputs, outputs, 1, bias=False)]
+        else:
+            convs = [new_conv(like, inputs, outputs, 1 if rung == "1x1" else size)]
+        bn = nn.BatchNorm2d(outputs)
         if getattr(self, "has_skip", True):  # else nothing would be left
             zero(bn)
-        return nn.Sequential(*convs, bn)
+        return nn.Sequential(*convs, bn).to(like.weight)
 
     def linear_inputs(self, x):
         like, _, _, size = self.shape()
         return patches(like, size, x)
 
     def narrow(self, rung, mean, gram, cross, ridge):
-        inputs, taps = self.shape()[1], self.shape()[3] ** 2
+        _, inputs, _, size = self.shape()
         if rung == "1x1":
-            centre = slice(taps // 2, None, taps)
+            centre = slice(size ** 2 // 2, None, size ** 2)
             mean, gram, cross = mean[centre], gram[centre, centre], cross[centre]
         if rung == "separable":
             kernels = separate(gram, cross, inputs, ridge)
@@ -503,7 +505,7 @@ class PrunableBasicBlock(PrunableConvs, resnet.BasicBlock):
             act = copy.deepcopy(self.act2)
             act.inplace = False  # its input is the block's
             return act
-        (conv,), skip = self.convs(), None
+        conv, skip = self.convs()[0], None
         if self.downsample is None:
             add_identity(conv.weight)
         elif isinstance(self.downsample[1], BatchNorm) and self.downsample[0].kernel_size == (1, 1):
@@ -624,8 +626,6 @@ class PrunableConvNeXtBlock(Prunable, convnext.ConvNeXtBlock):
 
     def new_layers(self, rung):
         dw, dim = copy.deepcopy(self.conv_dw), self.conv_dw.out_channels
-        if rung == "skip":
-            return Nothing()
         if rung == "depthwise":
             return nn.Sequential(dw, zero(nn.BatchNorm2d(dim))).to(dw.weight)
         return nn.Sequential(dw, nn.BatchNorm2d(dim), zero(nn.Conv2d(dim, dim, 1))).to(dw.weight)
@@ -692,12 +692,9 @@ class PrunableViTBlock(Prunable, vision_transformer.Block):
         bn = nn.BatchNorm1d(self.mlp.fc1.in_features)
         return replace_norm(self.norm2, bn, self.mlp.fc1.weight)
 
-    def ladder(self):
-        return ["linear", "skip"]
-
     def new_layers(self, rung):
         dim = self.mlp.fc2.out_features
-        return Nothing() if rung == "skip" else bn_linear(dim, dim, self.mlp.fc2.weight)
+        return bn_linear(dim, dim, self.mlp.fc2.weight)
 
     def skip_part(self, x, **attn_args):
         return x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **attn_args)))
@@ -753,12 +750,7 @@ class PrunableAttention(Prunable, vision_transformer.Attention):
     def own_obstacle(block):
         return "attention"
 
-    def ladder(self):
-        return ["linear", "skip"]
-
     def new_layers(self, rung):
-        if rung == "skip":
-            return Nothing()
         return bn_linear(self.qkv.in_features, self.proj.out_features, self.proj.weight)
 
     def forward(self, x, **attn_args):
@@ -798,8 +790,9 @@ def make_prunable(model, form="reparam", end_act=None, attention=False):
         old, module.__class__ = set(module.modules()), family
         module.lam, module.end_act, module.rungs = 0.0, None, module.ladder()
         module.rung = module.rungs[0]
-        module.fitted = nn.ModuleDict({rung: module.new_layers(rung)
-                                       for rung in module.rungs[own:]})
+        module.fitted = nn.ModuleDict({
+            rung: Nothing() if rung == "skip" else module.new_layers(rung)
+            for rung in module.rungs[own:]})
         module.norm_bn = module.own_norm() if own else None
         module.prepare(family.end_act_default if end_act is None else end_act)
         for new in set(module.modules()) - old:
@@ -847,20 +840,20 @@ def listed(reasons):
 def set_subnet(model, prune, lam=1.0):
     """Sets lam, 0 to 1, of the blocks named in `prune`, and 0 for all others. prune: module paths,
     for the first rung of each block, or {module path: name of its rung}."""
-    blocks, rungs = prunable_blocks(model), prune if isinstance(prune, dict) else {}
+    blocks, named = prunable_blocks(model), isinstance(prune, dict)
     if unknown := sorted(set(prune) - blocks.keys()):
         reasons = {path: reason for path, reason in obstacles(model).items() if path in unknown}
         raise UserError(f"no prunable block {', '.join(unknown)}{listed(reasons)}; this model has"
                         f" {', '.join(blocks)}")
     if not 0 <= lam <= 1:
         raise ValueError(f"lam goes from 0 to 1, not {lam}")
-    for path in prune:
-        blocks[path].rung = rungs.get(path, blocks[path].rungs[0])
-        if blocks[path].rung not in blocks[path].rungs:
-            raise UserError(f"{path} cannot be pruned to {rungs[path]}; its rungs are"
+    rungs = {path: prune[path] if named else blocks[path].rungs[0] for path in prune}
+    for path, rung in rungs.items():
+        if rung not in blocks[path].rungs:
+            raise UserError(f"{path} cannot be pruned to {rung}; its rungs are"
                             f" {', '.join(blocks[path].rungs)}")
     for path, block in blocks.items():
-        block.lam = float(lam) if path in prune else 0.0
+        block.lam, block.rung = float(lam) if path in rungs else 0.0, rungs.get(path, block.rung)
 
 
 @torch.no_grad()
@@ -1000,7 +993,7 @@ def fit(model, prune, batches, in_turn=True, ridge=1e-2, pixels=8192, room=2**32
         mean, bias = gram[-1, :-1], cross[-1]
         gram, cross = gram[:-1, :-1] - mean[:, None] * mean, cross[:-1] - mean[:, None] * bias
         for rung in [block.rung] if in_turn else block.fitted:
-            block.set_linear(rung, mean, bias, gram, cross, ridge)
+            block.solve_rung(rung, mean, bias, gram, cross, ridge)
 
     thread, walks, held = threading.local(), [], []
     model.eval()

@@ -822,6 +822,7 @@ def test_blocks_that_cannot_merge_are_named_and_the_others_stay_prunable():
         UserError, match="0 cannot be pruned to dense; its rungs are separable, 1x1, skip"
     ):
         set_subnet(model, {"0": "dense"})
+    assert model[0].rung == "separable"  # an error changes nothing
 
 
 @both_forms
@@ -846,6 +847,9 @@ def test_the_family_that_the_readme_adds(end_act, form, monkeypatch):
         if form == "fitted" and not end_act:
             assert (model(images(64)) - expected).norm() < 0.9 * without
         randomise(model, images(64, 16))
+    set_subnet(model, {"blocks.0": "linear", "blocks.1": "skip"})
+    assert_same(model, merge(model), images(64))
+    set_subnet(model, ["blocks.0", "blocks.2"])
     merged = merge(model)
     assert_same(model, merged, images(64))
     assert (

@@ -100,8 +100,8 @@ def test_a_ladder_is_searched_completely():
     assert exact and set(scores) == set(ALL)
     candidate = (1, 2, 0, 0, 0, 1)
     prune = {"a": "dense", "b": "skip", "f": "dense"}
-    assert search_script.spec(candidate, NAMES) == prune
-    assert search_script.spec((1, 0, 0, 0, 0, 1), NAMES) == ["a", "f"]
+    assert search_script.prune_entry(candidate, NAMES) == prune
+    assert search_script.prune_entry((1, 0, 0, 0, 0, 1), NAMES) == ["a", "f"]
     for spec, genes in ((prune, candidate), (["f", "a"], (1, 0, 0, 0, 0, 1)), ([], (0,) * 6)):
         assert search_script.genes(spec, NAMES) == genes
 
@@ -224,7 +224,7 @@ def test_latencies_of_blocks(name, attention):
     make_prunable(model, attention=attention)
     rungs = {name: block.rungs for name, block in prunable_blocks(model).items()}
     images = torch.randn(2, 3, 32, 32)
-    table = search_script.measure_blocks(model, rungs, images, networks=2, rounds=1)
+    table = search_script.measure_blocks(model, rungs, images, count=2, rounds=1)
     assert list(table["savings"]) == list(rungs) and table["baseline"] > 0 and table["error"] >= 0
     for name, saved in table["savings"].items():
         assert saved[0] == 0 and len(saved) == len(rungs[name]) + 1

@@ -925,6 +925,17 @@ BAD_LATER = {
         ["--subnet", "block.json"],
         "no prunable block layer9.0; this model has layer1.0",
     ),
+    "unknown rung": (
+        "3_progressive.py",
+        ["--subnet", "rung.json"],
+        "layer1.0 cannot be pruned to separable; its rungs are dense, 1x1",
+    ),
+    "unknown rung to score": (
+        "2_search.py",
+        ["--score", "rung.json"],
+        "layer1.0 cannot be pruned to separable; its rungs are dense, 1x1",
+    ),
+    "a rung that is no name": ("3_progressive.py", ["--subnet", "two.json"], "is not JSON like"),
     "other model": ("3_progressive.py", ["--subnet", "model.json"], "is for resnet18"),
     "spec of another model to score": ("2_search.py", ["--score", "model.json"], "is for resnet18"),
     "supernet of another version": (
@@ -972,6 +983,8 @@ def test_bad_input_to_later_stages(kind, runs, monkeypatch, tmp_path):
     torch.save(supernet, "nan.pt")
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "block.json").write_text(json.dumps({**SPEC, "prune": ["layer9.0"]}))
+    (tmp_path / "rung.json").write_text(json.dumps({**SPEC, "prune": {"layer1.0": "separable"}}))
+    (tmp_path / "two.json").write_text(json.dumps({**SPEC, "prune": {"layer1.0": 2}}))
     (tmp_path / "model.json").write_text(json.dumps({**SPEC, "model": "resnet18"}))
     write_images(tmp_path / "few", ["plain cross", "plain disc"])
     write_images(tmp_path / "other", ["a", "b"])
