@@ -275,20 +275,20 @@ def train(model, blocks, loader, epochs, peak, args, report, keep, state, teache
     smoothing = 0 if mixup else args.smoothing
     ema = ModelEmaV3(model, args.ema, use_warmup=True) if args.ema else None
     best = ema.module if ema else model  # the one that counts
-    parts, result = [model, best, optimizer], None
+    parts, first, result = [model, best, optimizer], epochs.start, None
     if args.compile:
         compile_blocks(model)
     if state:
-        result = state["result"]
+        first, result = state["epoch"], state["result"]
         for part, saved in zip(parts, state["parts"]):
             part.load_state_dict(saved)
-    for epoch in range(state["epoch"] if state else epochs.start, epochs.stop):
+    for epoch in range(first, epochs.stop):
         random_seed(1000 * args.seed + epoch, rank)  # nothing depends on what came before
         rng = random.Random(f"{args.seed}/{epoch}")
         loader.sampler.set_epoch(epoch)
         losses, started, done = AverageMeter(), time.time(), (epoch - epochs.start) * len(loader)
         name = f"{'supernet' if blocks else 'baseline'} {epoch - epochs.start + 1}/{len(epochs)}"
-        bar = progress_bar(loader, name)
+        bar = progress_bar(loader, name, epochs.stop - epoch if epoch == first else 0)
         model.train()
         for step, (images, labels) in enumerate(bar, done):
             set_subnet(model, [])
@@ -337,7 +337,7 @@ def train(model, blocks, loader, epochs, peak, args, report, keep, state, teache
              epoch=epoch + 1, result=result, parts=[part.state_dict() for part in parts])
         smallest = f", smallest {result['top1_smallest']:.2f} %" if blocks else ""
         print(f"{name}  lr {lr:.2e}  loss {mean_loss:.3f}  top-1 {result['top1']:.2f} %{smallest}"
-              f"  {speed:.0f} img/s", flush=True)
+              f"  {speed:.0f} img/s")
     return best, result
 
 
@@ -400,7 +400,7 @@ def main():
         fit(model, blocks, (images for images, _ in few), in_turn=False)
         what = "blocks" if form == "fitted" else "blocks' lower rungs"
         print(f"fitted {len(blocks)} {what} on {len(few.dataset) * world} training images in"
-              f" {time.time() - started:.1f} s", flush=True)
+              f" {time.time() - started:.1f} s")
     few = make_loader(data, "train", args.batch_size, device, limit=1024)
     # Of an untrained supernet all statistics are the baseline's and the fit's own: they are right
     calibration = [images for images, _ in few] if args.epochs or not args.calibrate else []

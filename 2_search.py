@@ -3,8 +3,9 @@
 Reads runs/supernet.pt. Writes runs/subnet.json, which can as well be written by hand: "prune" lists
 the module paths of the blocks to prune, or names a rung of the ladder for each; all else is for the
 record. Beside it, runs/subnet.front/ has a spec for each of the best trade-offs,
-runs/subnet.search.csv every subnet scored, runs/latency.json the latencies of the blocks, and while
-the stage runs, runs/subnet.json.last is what --resume goes on from.
+runs/subnet.search.csv every subnet scored, with --plot runs/subnet.png shows them,
+runs/latency.json has the latencies of the blocks, and while the stage runs, runs/subnet.json.last
+is what --resume goes on from.
 
     python 2_search.py                     # half of the prunable blocks
     python 2_search.py --prune 6           # six of them (the paper's P6)
@@ -13,6 +14,7 @@ the stage runs, runs/subnet.json.last is what --resume goes on from.
     python 2_search.py --latency 0.7 --latency-batch 1   # at most 70 % of its latency
     python 2_search.py --prune 2 4 6       # a search for each: runs/subnet-2.json, …
     python 2_search.py --score my.json     # only scores subnets of your own
+    python 2_search.py --dry-run --latency 1   # what each block costs, and what can be reached
     torchrun --nproc-per-node 8 2_search.py --workers 8  # shares the candidates out
 
 --prune takes the first rung of each block's ladder, shares choose among all rungs. Budgets hold for
@@ -56,6 +58,7 @@ budget("--params", type=share, nargs="+", metavar="R", help="largest share of th
 budget("--latency", type=share, nargs="+", metavar="R",
        help="largest share of the latency on --device, of the baseline with its BN folded")
 budget("--score", nargs="+", metavar="FILE", help="score these specs instead of searching")
+flag("--dry-run", action="store_true", help="only print what the blocks cost; needs no images")
 flag("--latency-batch", type=at_least(1), default=16, metavar="B", help="images that are timed")
 # search
 flag("--population", type=at_least(2), default=16, help="candidates per generation")
@@ -67,6 +70,7 @@ flag("--seed", type=at_least(0), default=0, help="of the search")
 flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
 flag("--workers", type=at_least(0), default=min(2, torch.get_num_threads()), help="to load images")
 flag("--resume", action="store_true", help="go on from OUT.last, if it is there, with its flags")
+flag("--plot", action="store_true", help="draw the search, too (pip install matplotlib)")
 flag("--out", default="runs/subnet.json", metavar="FILE", help="the subnet spec")
 
 
@@ -213,6 +217,24 @@ def save_json(content, path):
             json.dump(content, file, indent=1)
 
 
+def print_blocks(blocks, baseline, whole, savings):
+    """What each rung of each block costs, and the range of every budget."""
+    kinds, sums = list(whole), {kind: [whole[kind]] * 2 for kind in whole}
+    rows = [("baseline, BN folded", "", *(f"{whole[kind] / baseline[kind]:.4f}" for kind in kinds))]
+    for name, rungs in blocks.items():
+        for kind in kinds:
+            of_block = [one[kind] for one in savings[name]]
+            sums[kind] = [left - end(of_block) for left, end in zip(sums[kind], (max, min))]
+        rows += [(name if rung == rungs[0] else "", rung,
+                  *(f"{-one[kind] / baseline[kind]:+.4f}" for kind in kinds))
+                 for rung, one in zip(rungs, savings[name][1:])]
+    print("shares of the baseline's costs, and what each rung adds to them")
+    print_table(("block", "rung", *kinds), rows)
+    print(f"budgets that can be met: --prune 1 to {len(blocks)}", *(
+        f"--{kind} {low / baseline[kind]:.4f} to {high / baseline[kind]:.4f}"
+        for kind, (low, high) in sums.items()), sep=", ")
+
+
 # ---- which subnets keep to a budget --------------------------------------------------------------
 
 def make_budget(kind, value, blocks, baseline, whole, savings):
@@ -242,15 +264,19 @@ def make_budget(kind, value, blocks, baseline, whole, savings):
         raise UserError(f"--{kind} {value:g}: merged subnets have {cheapest:.4f} to {dearest:.4f}"
                         f" of the baseline's {kind}")
 
-    def repair(candidate, rng):
+    def repair(candidate, rng, harm):
         candidate = list(candidate)
         while not fits(candidate):
-            sign, steps = 1 if saved(candidate) < low else -1, []  # to save more, or less
+            more, steps = saved(candidate) < low, []
             for i, (row, gene) in enumerate(zip(table, candidate)):
-                further = [g for g in range(len(row)) if sign * (row[g] - row[gene]) > 0]
-                if further:
-                    steps.append((i, min(further, key=lambda g: sign * row[g])))
-            i, candidate[i] = rng.choice(steps)
+                for other in range(len(row)):
+                    step = abs(row[other] - row[gene])
+                    if row[other] > row[gene] if more else row[other] < row[gene]:
+                        loss = max(abs(harm[i][other] - harm[i][gene]), 1e-3)
+                        odds = step / loss if more else loss / step
+                        steps.append((rng.expovariate(1) / odds ** 2, i, other))
+            _, i, gene = min(steps)  # a random one, with chances in proportion to odds squared
+            candidate[i] = gene
         return tuple(candidate)
 
     def every(chosen=()):  # goes only where the blocks that are left can still make it fit
@@ -307,11 +333,12 @@ def make_score(model, blocks, calibration, held_out, room=2**31):
     return score
 
 
-def share_out(work, items, name):
-    """[work(item) for item in items]; under torchrun each process does a part, and gets all."""
+def share_out(work, items, name, rounds=0):
+    """[work(item) for item in items]; under torchrun each process does a part, and gets all.
+    rounds: how often as many are to come, for an estimate of the time."""
     rank, world = processes()
     mine = items[len(items) * rank // world:len(items) * (rank + 1) // world]
-    mine = [work(item) for item in progress_bar(mine, name, unit="subnet")]
+    mine = [work(item) for item in progress_bar(mine, name, rounds, unit="subnet")]
     parts = [mine]
     if world > 1:
         parts = [None] * world
@@ -351,6 +378,15 @@ def search(score, budget, population, generations, seed, price="macs", scores=No
     if exact:
         generations = -(-len(everything) // population)
         print(f"{len(everything)} subnets keep to the budget: scoring all of them")
+    else:  # first, what each gene does by itself: it tells what to prune where more has to go
+        alone = [tuple(gene if j == i else 0 for j in range(len(sizes)))
+                 for i, size in enumerate(sizes) for gene in range(size)]
+        some = [candidate for candidate in dict.fromkeys(alone) if candidate not in scores]
+        for candidate, result in zip(some, share_out(score, some, "one by one", 1)):
+            scores[candidate] = {**result, "generation": 0}
+        losses = (scores[candidate]["loss"] for candidate in alone)
+        harm = [[next(losses) for _ in range(size)] for size in sizes]
+        keep(0, scores)
     for generation in range(first, generations):
         rng, started, fresh = random.Random(f"{seed}/{generation}"), time.time(), set()
         parents = list(filter(fits, ranked(scores, price)))[:max(2, population // 4)]
@@ -360,28 +396,52 @@ def search(score, budget, population, generations, seed, price="macs", scores=No
         for _ in range(0 if exact else 20 * population):  # few are new where the space is small
             if len(fresh) == population:
                 break
-            if len(parents) < 2 or rng.random() < 0.1:
-                child = [0] * len(sizes)  # half of them just keep to the budget, once repaired
-                if rng.random() < 0.5:
-                    child = [rng.choice((0, rng.randrange(1, size))) for size in sizes]
-            else:
+            child = [0] * len(sizes)
+            if len(parents) > 1 and rng.random() > 0.1:
                 child = list(map(rng.choice, zip(*rng.sample(parents, 2))))
                 for i, size in enumerate(sizes):
                     if rng.random() < 1 / len(sizes):  # mutation
                         child[i] = (child[i] + rng.randrange(1, size)) % size
-            child = repair(child, rng)
+            child = repair(child, rng, harm)
             if child not in scores:
                 fresh.add(child)
         # Sorted, those with the same first blocks are neighbours
         fresh, name = sorted(fresh), f"generation {generation + 1}/{generations}"
-        for child, result in zip(fresh, share_out(score, fresh, name)):
+        rounds = generations - generation if generation == first else 0
+        for child, result in zip(fresh, share_out(score, fresh, name, rounds)):
             scores[child] = {**result, "generation": generation + 1}
         keep(generation + 1, scores)
         best = scores[next(filter(fits, ranked(scores, price)))]
         speed = len(fresh) / (time.time() - started)
         print(f"{name}  scored {len(scores)}  best loss {best['loss']:.4f}  top-1"
-              f" {best['top1']:.2f} %  {speed:.2f} subnets/s", flush=True)
+              f" {best['top1']:.2f} %  {speed:.2f} subnets/s")
     return scores, exact
+
+
+def plot(scores, front, picks, whole, price, blocks, path):
+    """Draws the loss of all subnets scored against their cost, and the blocks of the front's."""
+    from matplotlib.figure import Figure
+    figure = Figure((12, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+
+    def points(some):
+        return [scores[c][price] / whole[price] for c in some], [scores[c]["loss"] for c in some]
+
+    left.plot(*points(scores), ".", color="silver", label="scored")
+    left.plot(*points(front), "o-", label="best trade-offs")
+    left.plot(*points(picks), "*", markersize=15, label="picked")
+    left.set(xlabel=f"{price}, share of the baseline's", ylabel="held-out loss", yscale="log")
+    left.grid(alpha=0.3, which="both")
+    left.legend()
+    for rung in range(1, 1 + max(map(len, blocks.values()))):
+        x = [(i, j) for j, c in enumerate(front) for i, gene in enumerate(c) if gene == rung]
+        right.scatter(*(zip(*x) if x else ((), ())), marker="s", label=f"rung {rung}")
+    right.set_xticks(range(len(blocks)), blocks, rotation=90)
+    right.set_yticks(range(len(front)), [f"{x:.2f}" for x in points(front)[0]])
+    right.set(xlabel="block", ylabel=f"best trade-offs, by their {price}", xlim=(-1, len(blocks)))
+    right.legend()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150)
 
 
 def main():
@@ -412,6 +472,9 @@ def main():
             for one, seconds in zip(savings[name], table["savings"][name]):
                 one["latency"] = seconds
     baseline = {**whole, **{key: checkpoint["baseline"][key] for key in ("params", "macs")}}
+    if args.dry_run:
+        print_blocks(blocks, baseline, whole, savings)
+        return
     values = getattr(args, kind) or [max(1, len(blocks) // 2)]
     budgets = [] if args.score else [
         make_budget(kind, value, blocks, baseline, whole, savings) for value in values]
@@ -469,7 +532,7 @@ def main():
               "generation": generation, "scores": list(scores.items())},
              args.out + ".last")
 
-    first_budget, first, scores = 0, 0, {}
+    first_budget, first, scores, picks = 0, 0, {}, []
     if state:
         first_budget, first = state["budget"], state["generation"]
         scores = dict(state["scores"])
@@ -480,6 +543,7 @@ def main():
                                args.seed, price, scores, first, keep)
         fitting, first = list(filter(budgets[number][1], ranked(scores, price))), 0
         best = fitting[0]
+        picks.append(best)
         notes = {"evaluated": len(scores), "optimum": exact}
         print(f"\nprune {len(named(best, blocks))} of {len(blocks)} blocks: {words(best)}")
         if exact:
@@ -504,6 +568,8 @@ def main():
         shutil.rmtree(f"{root}.front", ignore_errors=True)
     for i, candidate in enumerate(front, 1):
         save_subnet(candidate, f"{root}.front/{i}.json")
+        if args.plot:
+            plot(scores, front, picks, whole, price, blocks, f"{root}.png")
     print(f"best trade-offs of {price} and loss among the {len(scores)} scored, with their specs;"
           f" all are in {root}.search.csv")
     print_table(header, [row(f"{root}.front/{i}.json", scores[c]) for i, c in enumerate(front, 1)])

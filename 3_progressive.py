@@ -1,12 +1,14 @@
 """Stage 3 of 4: trains the chosen subnet while it moves from the baseline's form to the pruned.
 
 Reads runs/supernet.pt and runs/subnet.json. Writes runs/subnet.pt: the subnet at lam = 1, ready to
-be merged. Beside it, runs/subnet.csv has a row per epoch, and while the stage runs,
-runs/subnet.pt.last is what --resume goes on from.
+be merged. Beside it, runs/subnet.csv has a row per epoch, and more while lam rises, with --plot
+runs/subnet.png shows them, and while the stage runs, runs/subnet.pt.last is what --resume goes on
+from.
 
     python 3_progressive.py
     python 3_progressive.py --epochs 0                           # no training
     python 3_progressive.py --epochs 30 --lr 5e-4
+    python 3_progressive.py --control --plot     # beside the baseline, trained on for as long
     python 3_progressive.py --transition 0                       # direct pruning, to compare with
     python 3_progressive.py --transition 0 --start random        # random weights, to compare with
     python 3_progressive.py --subnet my.json --supernet runs/supernet.pt
@@ -21,6 +23,7 @@ pruned blocks are fitted to the baseline in closed form, on --calibrate training
 """
 import argparse
 import copy
+import itertools
 import math
 import os
 import time
@@ -35,8 +38,8 @@ from timm.utils import AverageMeter, ModelEmaV3, distribute_bn, random_seed
 from blocks import (UserError, at_least, average, build, check_finite, compile_blocks, cost,
                     create_model, evaluate, finish, fit, make_loader, make_prunable, merge,
                     obstacles, print_table, processes, progress_bar, prunable_blocks,
-                    read_checkpoint, read_subnet, recalibrate, run, save, save_csv, set_subnet,
-                    start)
+                    read_checkpoint, read_subnet, recalibrate, replacing, run, save, save_csv,
+                    set_subnet, start)
 
 parser = argparse.ArgumentParser(description="Stage 3 of 4: trains the subnet from lam = 0 to 1.",
                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -53,6 +56,9 @@ flag("--start", default="baseline", choices=("baseline", "random"), help="weight
 flag("--distill", type=share, default=0.5, metavar="W", help="weight of the baseline's soft labels")
 flag("--form", choices=("reparam", "fitted"),
      help="of the pruned blocks (None: stage 1's; fitted with --epochs 0)")
+flag("--control", action=argparse.BooleanOptionalAction, default=None,
+     help="train the unpruned baseline for as long, too, to compare with (None: for the drawn"
+          " pictures of stage 1 only)")
 flag("--end-act", action=argparse.BooleanOptionalAction, default=None,
      help="insert an activation at the end of pruned blocks that have none (None: if trained, in"
           " a CNN of which all blocks are pruned, and in any ConvNeXt of the reparam form)")
@@ -76,6 +82,7 @@ flag("--seed", type=at_least(0), default=0, help="of all random numbers")
 flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
 flag("--workers", type=at_least(0), default=min(2, torch.get_num_threads()), help="to load images")
 flag("--resume", action="store_true", help="go on from OUT.last, if it is there, with its flags")
+flag("--plot", action="store_true", help="draw the training, too (pip install matplotlib)")
 flag("--out", default="runs/subnet.pt", metavar="FILE", help="the trained subnet's checkpoint")
 
 
@@ -85,10 +92,35 @@ def lam_at(step, steps, transition):
     return 1.0 if step + 1 >= ramp else math.sin(math.pi / 2 * (step + 1) / ramp)
 
 
-def train(model, teacher, prune, loader, val, args, state):
-    """Trains `model` while the blocks `prune` go from lam = 0 to 1, on the labels and the teacher's
-    soft labels. After every epoch it saves what `state` goes on from. Returns the trained model and
-    its top-1 and loss on `val`."""
+def plot(log, baseline, path):
+    """Draws lam, the learning rate, the loss and top-1 of a training's log over its steps."""
+    from matplotlib.figure import Figure
+    figure = Figure((7, 7), layout="constrained")
+    above, middle, below = figure.subplots(3, sharex=True)
+    for name, rows in itertools.groupby(log, key=lambda row: row["network"]):
+        rows = list(rows)
+        steps, style = [row["step"] for row in rows], "-" if name == "subnet" else "--"
+        if name == "subnet":
+            above.plot(steps, [row["lam"] for row in rows], label="λ")
+            peak = max(row["lr"] for row in rows)
+            above.plot(steps, [row["lr"] / peak for row in rows], label=f"rate / {peak:.1e}")
+        middle.plot(steps, [row["train_loss"] for row in rows], style, label=f"{name}, training")
+        ends = [(row["step"], row["val_top1"]) for row in rows if row["val_top1"] is not None]
+        below.plot(*zip(*ends), style, marker="o", label=name)
+    below.axhline(baseline, color="grey", label="baseline, before")
+    for axes, label in ((above, "λ, rate"), (middle, "loss"), (below, "val top-1 (%)")):
+        axes.set_ylabel(label)
+        axes.legend()
+        axes.grid(alpha=0.3)
+    below.set_xlabel("step")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+
+
+def train(model, teacher, prune, loader, val, args, log, control=None, state=None):
+    """Trains `model` while the blocks `prune` (none: it is the control) go from lam = 0 to 1, on
+    the labels and the teacher's soft labels. Adds rows to `log`. After every epoch it saves what
+    `state` goes on from. Returns the trained model and its top-1 and loss on `val`."""
     device, (rank, world), steps = loader.device, processes(), args.epochs * len(loader)
     fused = {"fused": True} if args.opt in ("adam", "adamw", "sgd") else {}  # faster, on CPUs, too
     optimizer = create_optimizer_v2(model, args.opt, args.lr, args.weight_decay, **fused)
@@ -106,22 +138,45 @@ def train(model, teacher, prune, loader, val, args, state):
     smoothing = 0 if mixup else args.smoothing
     ema = ModelEmaV3(model, args.ema, use_warmup=True) if args.ema else None
     best = ema.module if ema else model  # the one that counts
-    parts, log, first, result = [model, best, optimizer], [], 0, None
+    parts, first, result = [model, best, optimizer], 0, None
     if state:
-        log, first, result = state["log"], state["epoch"], state["result"]
+        first, result = state["epoch"], state["result"]
         for part, saved in zip(parts, state["parts"]):
             part.load_state_dict(saved)
     if args.compile:
         compile_blocks(model)
+    every = max(1, round(args.transition * steps / 10))  # rows and lines while lam moves
+    losses, started = AverageMeter(), 0
+
+    def means():
+        """Training loss and images/s, over all processes, since the call before."""
+        nonlocal started
+        loss = torch.tensor(losses.avg, dtype=torch.float64, device=device)
+        average([loss])
+        speed = losses.count * loader.loader.batch_size * world / (time.time() - started)
+        losses.reset()
+        started = time.time()
+        return {"train_loss": loss.item(), "images_per_s": round(speed, 1)}
+
+    def write(row, top1):
+        log.append({**row, "val_top1": top1})
+        save_csv(log, os.path.splitext(args.out)[0] + ".csv")
+        print(f"{row['network']} {row['epoch']}/{args.epochs}  step {row['step']}/{steps}  lam"
+              f" {row['lam']:.3f}  lr {row['lr']:.2e}  loss {row['train_loss']:.3f}"
+              + (f"  top-1 {top1:.2f} %" if top1 is not None else "")
+              + f"  {row['images_per_s']:.0f} img/s")
+
     for epoch in range(first, args.epochs):
         random_seed(1000 * args.seed + epoch, rank)  # nothing depends on what came before
         loader.sampler.set_epoch(epoch)
-        losses, started = AverageMeter(), time.time()
-        name = f"progressive {epoch + 1}/{args.epochs}"
-        bar = progress_bar(loader, name)
+        row = {"network": "subnet" if prune else "control", "epoch": epoch + 1}
+        name = f"{row['network']} {epoch + 1}/{args.epochs}"
+        bar = progress_bar(loader, name, rounds=args.epochs - epoch if epoch == first else 0)
+        losses.reset()
+        started = time.time()
         model.train()
         for step, (images, labels) in enumerate(bar, epoch * len(loader)):
-            lam = lam_at(step, steps, args.transition)
+            lam = lam_at(step, steps, args.transition) if prune else 0.0
             set_subnet(model, prune, lam)
             scheduler.step_update(min(step, warmup) + max(0, step - hold))
             lr = optimizer.param_groups[0]["lr"]
@@ -145,22 +200,20 @@ def train(model, teacher, prune, loader, val, args, state):
                 raise UserError(f"the loss is {losses.val} at step {step + 1}, lam {lam:g}, lr"
                                 f" {lr:g}. Try a lower --lr; --resume takes the epoch before")
             bar.set_postfix(lam=f"{lam:.3f}", loss=f"{losses.avg:.3f}", refresh=False)
-        speed = losses.count * loader.loader.batch_size * world / (time.time() - started)
-        mean_loss = torch.tensor(losses.avg, dtype=torch.float64, device=device)
-        average([mean_loss])
+            row.update(step=step + 1, lam=lam, lr=lr)
+            if 0 < lam < 1 and (step + 1) % every == 0 and (step + 1) % len(loader):
+                write({**row, **means()}, None)
+        row.update(means())
         if world > 1:  # each process has BN statistics of its own images
             distribute_bn(model, world, reduce=True)
             distribute_bn(best, world, reduce=True)
         check_finite(model, name, ". Try a lower --lr; --resume takes the epoch before")
         set_subnet(best, prune, lam)
         result = evaluate(best, val, split=True)
-        log.append({"epoch": epoch + 1, "lam": lam, "lr": lr, "train_loss": mean_loss.item(),
-                    "val_top1": result["top1"], "images_per_s": round(speed, 1)})
-        save_csv(log, os.path.splitext(args.out)[0] + ".csv")
+        write(row, result["top1"])
         save({"stage": "unfinished run", "flags": vars(args), "epoch": epoch + 1, "log": log,
-              "result": result, "parts": [part.state_dict() for part in parts]}, args.out + ".last")
-        print(f"{name}  lam {lam:.3f}  lr {lr:.2e}  loss {mean_loss:.3f}  top-1"
-              f" {result['top1']:.2f} %  {speed:.0f} img/s", flush=True)
+              "control": control, "result": result,
+              "parts": [part.state_dict() for part in parts]}, args.out + ".last")
     return best, result
 
 
@@ -200,9 +253,17 @@ def main():
               if name in prune and block.pruned]
     if form == "reparam" and fitted:
         print(f"of the fitted form: {' '.join(fitted)}")
+    if args.control is None:  # who sees the drawn pictures sees that training alone helps there
+        flags = checkpoint["flags"]
+        args.control = not flags["data_dir"] and not flags["dataset"]
+    log, control = (state["log"], state["control"]) if state else ([], None)
     if state:
-        print(f"going on after epoch {state['epoch']}")
-    else:
+        print(f"going on after epoch {state['epoch']} of the {log[-1]['network']}")
+    if args.control and args.epochs and not control:
+        print("control: the baseline, trained for as long")
+        _, control = train(copy.deepcopy(teacher), teacher, {}, loader, val, args, log, None, state)
+        state = None
+    if not state:
         ready = fitted if args.calibrate and args.start == "baseline" else []
         if ready:
             few = make_loader(data, "train", args.batch_size, device, args.workers,
@@ -215,19 +276,23 @@ def main():
                if name in prune and name not in ready}
         recalibrate(model, (images for images, _ in few), new)  # all others are right as they are
         result = evaluate(model, val, split=True)
-        print(f"at the start, with lam {lam:.3f}, top-1 {result['top1']:.2f} %", flush=True)
+        print(f"at the start, with lam {lam:.3f}, top-1 {result['top1']:.2f} %")
     if args.epochs:
-        model, result = train(model, teacher, prune, loader, val, args, state)
+        model, result = train(model, teacher, prune, loader, val, args, log, control, state)
+        if args.plot and processes()[0] == 0:
+            plot(log, checkpoint["baseline"]["top1"], os.path.splitext(args.out)[0] + ".png")
     model.cpu().eval()
     save({**checkpoint, "stage": "subnet", "flags": vars(args), "prune": prune, "form": form,
-          "end_act": end_act, "subnet": result, "state_dict": model.state_dict()}, args.out)
+          "end_act": end_act, "subnet": result, "control": control,
+          "state_dict": model.state_dict()}, args.out)
     finish(args.out)
     merged = cost(merge(model), data["input_size"])
     print()
     print_table(("", "params (M)", "MACs (M)", "top-1 (%)"), [
         (name, f"{c['params'] / 1e6:.3f}", f"{c['macs'] / 1e6:.1f}", f"{r['top1']:.2f}")
         for name, c, r in (("baseline", checkpoint["baseline"], checkpoint["baseline"]),
-                           ("this subnet, once merged", merged, result))])
+                           ("control: trained for as long", checkpoint["baseline"], control),
+                           ("this subnet, once merged", merged, result)) if r])
     print(f"\nwrote {args.out}")
 
 

@@ -63,7 +63,7 @@ def check(names, ours, theirs, batches, bound, own=0.0):
             " images")
     if not error <= bound:
         raise UserError(f"{text}: they differ, nothing was written")
-    print(text, flush=True)
+    print(text)
     return error
 
 
@@ -184,15 +184,22 @@ def main():
           f" pruned, on {where}, torch {torch.__version__}\n")
     header = ("", "params (M)", "MACs (M)", "top-1 (%)", "batch", "latency (ms)", "quartiles",
               "images/s", "speed-up", *(["memory (MB)"] if device.type == "cuda" else []))
-    print_table(header, [
+    table = [
         (r["network"] + ", compiled" * r["compiled"], f"{r['params'] / 1e6:.3f}",
          f"{r['macs'] / 1e6:.1f}", f"{r['top1']:.2f}", str(r["batch"]), f"{r['seconds'] * 1e3:.2f}",
          " - ".join(f"{s * 1e3:.2f}" for s in r["quartiles"]), f"{r['images_per_s']:.0f}",
          f"{r['speed_up']:.2f}x", *([f"{r['memory'] / 1e6:.1f}"] if r["memory"] else []))
-        for r in rows])
+        for r in rows]
+    if control := checkpoint["control"]:
+        empty = [""] * (len(header) - 4)
+        table.insert(0, ("control", *table[0][1:3], f"{control['top1']:.2f}", *empty))
+    print_table(header, table)
+    if control:
+        print("control: the baseline, trained for as long as this subnet")
     if args.json:
         with replacing(args.json) as temporary, open(temporary, "w", encoding="utf-8") as file:
             json.dump({"model": about["model"], "prune": about["prune"], "device": where,
+                       "control": control,
                        "input_size": about["input_size"], "torch": torch.__version__, "rows": rows},
                       file, indent=1)
     print("\nwrote " + ", ".join(filter(None, (args.out, args.out + "2", onnx, args.json))))

@@ -41,6 +41,7 @@ import copy
 import csv
 import functools
 import glob
+import importlib.util
 import itertools
 import json
 import math
@@ -48,6 +49,7 @@ import os
 import random
 import sys
 import threading
+import time
 import zlib
 
 import numpy as np
@@ -1014,7 +1016,7 @@ def fit(model, prune, batches, in_turn=True, ridge=1e-2, pixels=8192, room=2**32
                     break
             else:
                 forward(images)
-        for block in progress_bar(todo, "fit", unit="block"):
+        for block in progress_bar(todo, "fit", 1, unit="block"):
             solve_block(block)
             for walk in walks if block is not todo[-1] else ():
                 next(walk, None)
@@ -1129,9 +1131,23 @@ def average(tensors):
             tensor.copy_(piece.view_as(tensor))
 
 
-def progress_bar(*args, **kwargs):
-    """tqdm, in the first process and on a terminal only."""
-    return tqdm(*args, leave=False, disable=None if processes()[0] == 0 else True, **kwargs)
+def progress_bar(items, name, rounds=0, **kwargs):
+    """tqdm over `items`, in the first process and on a terminal only. If `rounds` times as many are
+    to come, it says, once it has seen a few, how long they take: into a file as well."""
+    def timed():
+        wait, started = 3, None  # the first are slow
+        for i, item in enumerate(items):
+            if rounds and i == wait:
+                started = time.time()
+            if started and i > wait and time.time() - started > 5:
+                left = (rounds * len(items) - i) * (time.time() - started) / (i - wait)
+                if left > 60:
+                    tqdm.write(f"{name}: about {left / 60:.0f} minutes to go")
+                started = None
+            yield item
+    total = len(items) if hasattr(items, "__len__") else None
+    return tqdm(timed(), name, total, leave=False, disable=None if processes()[0] == 0 else True,
+                **kwargs)
 
 
 def print_table(header, rows):
@@ -1230,7 +1246,8 @@ def start(parser, *inputs, last_output=lambda args: args.out, read=read_checkpoi
     opens the stage's last output. Returns (args, device, state): state is what the killed run left
     in OUT.last, or None. With it, flags that are not given are those of that run, and others than
     those are a UserError."""
-    sys.stdout.reconfigure(errors="replace")  # not every terminal knows every class name's letters
+    # Into files, too, line by line; and not every terminal knows every class name's letters
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")
     args, state = parser.parse_args(), None
     last, done = args.out + ".last", last_output(args)
     if getattr(args, "resume", False) and (os.path.exists(last) or os.path.exists(done)):
@@ -1238,6 +1255,8 @@ def start(parser, *inputs, last_output=lambda args: args.out, read=read_checkpoi
         state = (read_checkpoint if path == last else read)(path)
         parser.set_defaults(**state.get("flags", {}))
         args = parser.parse_args()
+    if getattr(args, "plot", False) and not importlib.util.find_spec("matplotlib"):
+        raise UserError("--plot needs one more package: pip install matplotlib")
     flag = f"--device {args.device}"
     try:
         device = torch.empty(0, device=init_distributed_device_so(args.device)["device"]).device

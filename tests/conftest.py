@@ -117,7 +117,8 @@ def runs(request, pictures, tmp_path_factory):
             )
             == 3
         )
-        assert sum(line.startswith("progressive ") for line in printed["3"]) == 2
+        epochs = [line for line in printed["3"] if line.startswith("subnet ") and "top-1" in line]
+        assert len(epochs) == 2
         assert [line.split("  ")[0].strip() for line in printed["4"][-5:-2]] == [
             "baseline",
             "baseline, BN folded",

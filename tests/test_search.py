@@ -4,6 +4,7 @@ import csv
 import importlib
 import itertools
 import json
+import math
 import os
 import random
 
@@ -56,11 +57,11 @@ def test_budgets(kind, value):
     }
     assert {c for c in candidates if fits(c)} == right
     assert list(every()) == sorted(right)
-    rng = random.Random(0)
+    rng, harm = random.Random(0), [[0, 1, 0.5], [0, 0, 0], [0, -1, 2], *[[0, math.nan, 1]] * 3]
     for candidate in rng.choices(candidates, k=200):
-        assert repair(candidate, rng) in right
+        assert repair(candidate, rng, harm) in right
     for candidate in right:
-        assert repair(candidate, rng) == candidate
+        assert repair(candidate, rng, harm) == candidate
 
 
 def test_a_budget_that_nothing_meets():
@@ -87,7 +88,8 @@ def test_a_small_space_is_scored_completely(capsys):
     assert exact and len(scores) == 20 and min(scores, key=lambda c: scores[c]["loss"]) == best
     assert "20 subnets keep to the budget: scoring all of them" in capsys.readouterr().out
     scores, exact = search_script.search(made_up, budget, 4, 3, 0)
-    assert not exact and len(scores) == 12 and all(sum(c) == 3 for c in scores)
+    assert not exact and len(scores) == 7 + 12  # nothing, each block alone, then three generations
+    assert all(sum(c) == (3 if scores[c]["generation"] else sum(c) and 1) for c in scores)
     scores = {c: made_up(c) for c in ALL if max(c) < 2 and sum(c) < 4}
     front = search_script.pareto(scores, "macs")
     assert front == [(0,) * 6, (1, 0, 0, 0, 0, 0), (1, 0, 1, 0, 0, 0), best]

@@ -142,13 +142,26 @@ def test_third_stage_resumes_to_the_same_bits(runs, tmp_path):
         0.5,
         "--warmup",
         0.1,
+        "--control",
     ]
     run_stage("3_progressive.py", *flags, "--out", "a/net.pt", cwd=tmp_path)
-    killed([14, "writing"], "3_progressive.py", *flags, "--out", "b/net.pt", cwd=tmp_path)
-    assert_same_bits(*(blocks.read_checkpoint(tmp_path / x / "net.pt") for x in "ab"))
+    # in the control's second epoch, in the subnet's first or second, while it writes
+    killed([10, 45, "writing"], "3_progressive.py", *flags, "--out", "b/net.pt", cwd=tmp_path)
+    a, b = (blocks.read_checkpoint(tmp_path / x / "net.pt") for x in "ab")
+    assert_same_bits(a, b)
     log = rows(tmp_path / "a/net.csv")
-    assert log == rows(tmp_path / "b/net.csv") and [row["epoch"] for row in log] == list("12345")
-    assert [float(row["lam"]) for row in log[2:]] == [1, 1, 1]
+    assert log == rows(tmp_path / "b/net.csv")
+    epochs = [row for row in log if row["val_top1"]]
+    assert [row["network"] for row in epochs] == ["control"] * 5 + ["subnet"] * 5
+    assert [row["epoch"] for row in epochs] == list("1234512345")
+    assert [float(row["lam"]) for row in epochs[:5] + epochs[7:]] == [0] * 5 + [1] * 3
+    assert a["control"]["top1"] == float(epochs[4]["val_top1"])
+    moves = [float(row["lam"]) for row in log if row["network"] == "subnet"]
+    assert len([lam for lam in moves if 0 < lam < 1]) > 4 and moves == sorted(moves)
+    # the control changes nothing else
+    run_stage("3_progressive.py", *flags[:-1], "--no-control", "--out", "c/net.pt", cwd=tmp_path)
+    c = blocks.read_checkpoint(tmp_path / "c/net.pt")
+    assert_same_bits(c, {**a, "control": None})
 
 
 @one_network

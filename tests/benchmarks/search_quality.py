@@ -1,18 +1,21 @@
 """How good is the search? Needs a supernet with few enough blocks to score every subnet of a size.
 
     python tests/benchmarks/search_quality.py --supernet runs/supernet.pt --prune 6
+    # the same, but among all rungs, of all subnets within a budget
+    python tests/benchmarks/search_quality.py --supernet runs/supernet.pt --macs 0.5
     # and is its score the right one?
     python tests/benchmarks/search_quality.py --supernet runs/supernet.pt --train 12 --epochs 4
     # whose score is better?
     python tests/benchmarks/search_quality.py --supernet fitted.pt trained.pt --train 10 --any-size
 
-The first scores all subnets with --prune blocks and ranks what the genetic search picks among them,
+The first two score all subnets within a budget and rank what the genetic search picks among them,
 beside random search with as many evaluations. --train runs stage 3 on random subnets and compares
 its top-1 with their scores in the supernet; flags that this script does not know go to stage 3.
 """
 
 import argparse
 import importlib
+import itertools
 import json
 import math
 import os
@@ -46,6 +49,8 @@ parser.add_argument(
     help="with --train, scores of all of them are compared",
 )
 parser.add_argument("--prune", type=int, default=6, help="blocks to prune")
+parser.add_argument("--macs", type=float, help="largest share of the MACs, instead of --prune")
+parser.add_argument("--images", type=int, default=2000, help="held-out images to score on")
 parser.add_argument("--population", type=int, default=16)
 parser.add_argument(
     "--share", type=float, default=0.2, help="largest share of the space that a search may score"
@@ -63,9 +68,16 @@ parser.add_argument(
 )
 
 
-def search_quality(args, score, blocks, from_scratch):
-    budget = stage2.make_budget("prune", args.prune, blocks, {}, {}, {})
+def search_quality(args, score, blocks, from_scratch, checkpoint):
+    kind, value = ("macs", args.macs) if args.macs else ("prune", args.prune)
+    whole, savings = stage2.block_savings(
+        build(checkpoint), blocks, checkpoint["data"]["input_size"]
+    )
+    budget = stage2.make_budget(kind, value, blocks, checkpoint["baseline"], whole, savings)
     space = list(budget[3]())
+
+    def price(candidate):
+        return whole["macs"] - sum(savings[n][g]["macs"] for n, g in zip(blocks, candidate))
     started = time.time()
     table = {candidate: score(candidate) for candidate in space}
     speeds = [len(space) / (time.time() - started)]
@@ -79,16 +91,17 @@ def search_quality(args, score, blocks, from_scratch):
         )  # the same bits in any order
         speeds.append(len(some) / (time.time() - started))
     print(
-        f"{len(space)} subnets of {args.prune} of {len(blocks)} blocks; subnets/s: all, sorted {speeds[0]:.2f}, at random"
+        f"{len(space)} subnets within --{kind} {value:g}, {len(blocks)} blocks; subnets/s: all, sorted {speeds[0]:.2f}, at random"
         f" {speeds[1]:.2f}; recalibrated and evaluated from scratch, images read again, {speeds[2]:.2f}"
     )
-    ranked = sorted(space, key=lambda c: (table[c]["loss"], c))
-    generations = int(args.share * len(space)) // args.population
+    ranked = sorted(space, key=lambda c: (table[c]["loss"], price(c), c))
+    alone = [c for c in itertools.product(*map(range, budget[0])) if sum(map(bool, c)) < 2]
+    generations = int(args.share * len(space) - len(alone)) // args.population
     print("seed  scored   rank of the search's pick   rank of random search's pick (mean of 100)")
     for seed in range(args.seeds):
         silence, sys.stdout = sys.stdout, open(os.devnull, "w", encoding="utf-8")
         scores, exact = stage2.search(
-            lambda candidate: {**table[candidate], "macs": 0},
+            lambda c: {**(table.get(c) or score(c)), "macs": price(c)},
             budget,
             args.population,
             generations,
@@ -96,7 +109,7 @@ def search_quality(args, score, blocks, from_scratch):
         )
         sys.stdout = silence
         assert not exact
-        rank = ranked.index(min(scores, key=lambda c: (scores[c]["loss"], c))) + 1
+        rank = ranked.index(next(filter(budget[1], stage2.ranked(scores)))) + 1
         rng = random.Random(seed)
         others = statistics.mean(
             min(map(ranked.index, rng.sample(space, len(scores)))) + 1 for _ in range(100)
@@ -177,9 +190,9 @@ def main():
     def from_scratch(candidate):
         set_subnet(plain, stage2.named(candidate, blocks))
         recalibrate(plain, [batch for batch, _ in images("train", 512)])
-        return evaluate(plain, images("holdout", 2000))
+        return evaluate(plain, images("holdout", args.images))
 
-    calibration, held_out = [batch for batch, _ in images("train", 512)], images("holdout", 2000)
+    calibration, held_out = [batch for batch, _ in images("train", 512)], images("holdout", args.images)
     scores = [
         stage2.make_score(
             build(read_checkpoint(path)).to(memory_format=torch.channels_last),
@@ -192,7 +205,7 @@ def main():
     if args.train:
         ranking(args, scores, blocks, checkpoint)
     else:
-        search_quality(args, scores[0], blocks, from_scratch)
+        search_quality(args, scores[0], blocks, from_scratch, checkpoint)
 
 
 if __name__ == "__main__":

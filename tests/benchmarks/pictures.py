@@ -1,0 +1,153 @@
+"""Draws the README's pictures into tests/benchmarks/pictures, from results/first-screen.csv.
+
+    pip install matplotlib
+    python tests/benchmarks/pictures.py
+"""
+
+import csv
+import os
+
+from matplotlib.figure import Figure
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+COLOURS = {"layer": "#9ecae1", "norm": "#a1d99b", "act": "#fdae6b", "merged": "#6baed6"}
+INVERTED_RESIDUAL = (
+    ("1×1 conv", "layer"),
+    ("BN", "norm"),
+    ("ReLU6", "act"),
+    ("depthwise", "layer"),
+    ("BN", "norm"),
+    ("ReLU6", "act"),
+    ("1×1 conv", "layer"),
+    ("BN", "norm"),
+)
+CONVNEXT = (
+    ("depthwise", "layer"),
+    ("LayerNorm", "norm"),
+    ("fc1", "layer"),
+    ("GELU", "act"),
+    ("fc2 · γ", "layer"),
+)
+MLP = (("LayerNorm", "norm"), ("fc1", "layer"), ("GELU", "act"), ("fc2", "layer"))
+
+
+def block(axes, title, parts, merged, skip):
+    """Four rows: the block at lam = 0, between, at 1, merged."""
+    axes.set_title(title, loc="left", fontsize=13, fontweight="bold")
+    axes.set(xlim=(-1.9, 8.6), ylim=(-3.6, 0.6))
+    axes.axis("off")
+    rows = ("λ = 0", "0 < λ < 1", "λ = 1", "merged")
+    width = 8 / max(len(parts), 5)
+    for y, name in enumerate(rows):
+        axes.text(-0.2, -y, name, ha="right", va="center", fontsize=12)
+        chain = merged if name == "merged" else parts
+        x = 0.0
+        axes.annotate(
+            "",
+            (8.5, -y),
+            (-0.1, -y),
+            arrowprops={"arrowstyle": "->", "color": "grey"},
+            zorder=0,
+        )
+        for text, kind in chain:
+            alpha, style, shown = 1.0, "-", text
+            if name in ("0 < λ < 1", "λ = 1") and kind == "act":
+                alpha, style = (0.4, "--") if name == "0 < λ < 1" else (0.0, ":")
+                shown = text if name == "0 < λ < 1" else "x"
+            if name in ("0 < λ < 1", "λ = 1") and text == "LayerNorm":
+                shown = "LN → BN" if name == "0 < λ < 1" else "BN"
+            size = width * (0.94 if name != "merged" else 1.6)
+            box = {"facecolor": COLOURS[kind], "alpha": alpha or 0.15, "edgecolor": "black"}
+            axes.add_patch(_rectangle(x + 0.02, -y - 0.3, size, 0.6, style, box))
+            axes.text(x + size / 2, -y, shown, ha="center", va="center", fontsize=10)
+            x += width if name != "merged" else size + 0.2
+    axes.text(8.5, -3.45, skip, ha="right", va="center", fontsize=10, style="italic")
+
+
+def _rectangle(x, y, width, height, style, box):
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((x, y), width, height, linestyle=style, **box)
+
+
+def blocks_picture(path):
+    figure = Figure((9, 8.2), layout="constrained", facecolor="white")
+    above, middle, below = figure.subplots(3)
+    block(
+        above,
+        "MobileNetV2's inverted residual",
+        INVERTED_RESIDUAL,
+        (("one dense conv", "merged"),),
+        "the skip is folded in",
+    )
+    block(
+        middle,
+        "ConvNeXt's block",
+        CONVNEXT,
+        (("depthwise", "merged"), ("1×1 conv", "merged")),
+        "beside the skip",
+    )
+    block(
+        below,
+        "the MLP of a ViT's block (the attention before it stays)",
+        MLP,
+        (("one linear layer", "merged"),),
+        "the skip is folded in",
+    )
+    figure.savefig(path, dpi=110)
+
+
+def curves_picture(path):
+    with open(os.path.join(HERE, "results", "first-screen.csv"), encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    networks = list(dict.fromkeys(row["network"] for row in rows))
+    figure = Figure((9, 9), layout="constrained", facecolor="white")
+    panels = figure.subplots(3, 2).flat
+    for axes, network in zip(panels, networks):
+        mine = [row for row in rows if row["network"] == network]
+        for form, marker in (("paper's form", "o"), ("fitted form", "s")):
+            some = [row for row in mine if row["form"] == form]
+            if not some:
+                continue
+            axes.errorbar(
+                [float(row["ms, batch 16"]) for row in some],
+                [float(row["top-1"]) for row in some],
+                [float(row["sd"] or 0) for row in some],
+                marker=marker,
+                capsize=3,
+                label=f"pruned, {form}",
+            )
+            for row in some:
+                axes.annotate(
+                    row["pruned"],
+                    (float(row["ms, batch 16"]), float(row["top-1"])),
+                    xytext=(6, -12),
+                    textcoords="offset points",
+                    fontsize=9,
+                )
+        for form, marker in (("control", "*"), ("baseline", "x")):
+            row = next(row for row in mine if row["form"] == form)
+            label = "control: baseline, trained as long" if form == "control" else "baseline"
+            axes.plot(
+                float(row["ms, batch 16"]),
+                float(row["top-1"]),
+                marker,
+                color="black",
+                markersize=11,
+                label=label,
+            )
+        axes.set_title(f"{network}\n{mine[0]['data']}", fontsize=11)
+        axes.set_xlim(left=0)
+        axes.grid(alpha=0.3)
+        axes.margins(y=0.2)
+    for axes in panels:
+        axes.axis("off")
+    figure.axes[5].legend(*figure.axes[0].get_legend_handles_labels(), loc="center", fontsize=11)
+    figure.supxlabel("latency of 16 images (ms), 2 CPU cores")
+    figure.supylabel("val top-1 (%)")
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    blocks_picture(os.path.join(HERE, "pictures", "blocks.png"))
+    curves_picture(os.path.join(HERE, "pictures", "curves.png"))
