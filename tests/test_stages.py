@@ -4,6 +4,7 @@ family."""
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from functools import partial
 import pytest
 import timm
 import torch
+from PIL import Image
 from conftest import ROOT, load, one_network, run_stage, stage
 
 import blocks
@@ -404,6 +406,51 @@ def test_compile_without_a_compiler(runs, pictures, monkeypatch, tmp_path):
             == "error: --compile does not work here: InvalidCxxCompiler: No working C++ compiler found"
         )
     assert os.listdir(tmp_path) == []
+
+
+@one_network
+def test_plots(runs, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    few = ["--supernet", runs / "supernet.pt", "--workers", 0]
+    flags = ["--macs", 0.8, 0.6, "--population", 6, "--generations", 2, "--out", tmp_path / "a.json"]
+    assert stage(monkeypatch, "2_search.py", *few, *flags, "--plot") is None
+    flags = ["--epochs", 1, "--subnet", tmp_path / "a-0.6.json", "--out", tmp_path / "b.pt"]
+    assert stage(monkeypatch, "3_progressive.py", *few, *flags, "--control", "--plot") is None
+    for name in ("a.png", "b.png"):
+        with Image.open(tmp_path / name) as image:
+            colours = image.convert("RGB").getcolors(maxcolors=2**24)
+        assert len(colours) > 50 and not list(tmp_path.glob("tmp.*"))
+    assert blocks.read_checkpoint(tmp_path / "b.pt")["control"]["top1"] >= 0
+
+
+@one_network
+def test_a_plot_needs_one_more_package(runs, monkeypatch, tmp_path):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else find(name, *a)
+    )
+    for script in ("2_search.py", "3_progressive.py"):
+        said = stage(monkeypatch, script, "--plot", "--out", tmp_path / "x.pt")
+        assert said == "error: --plot needs one more package: pip install matplotlib"
+
+
+def test_a_dry_run_needs_no_images(runs, monkeypatch, tmp_path, capsys):
+    """It prints what the blocks cost and the ranges that budgets may be from, which are right."""
+    flags = ["--supernet", runs / "supernet.pt", "--data-dir", tmp_path, "--out", tmp_path / "x.json"]
+    assert stage(monkeypatch, "2_search.py", *flags, "--dry-run") is None
+    printed = capsys.readouterr().out
+    model, checkpoint = load(runs / "supernet.pt")
+    ladders = {name: block.rungs for name, block in blocks.prunable_blocks(model).items()}
+    assert all(name in printed for name in ladders) and not os.listdir(tmp_path)
+    text = re.search(r"--prune 1 to (\d+), --params (\S+) to \S+, --macs (\S+) to 1.0000", printed)
+    assert int(text[1]) == len(ladders)
+    lowest = {name: rungs[-1] for name, rungs in ladders.items()}
+    blocks.set_subnet(model, lowest)
+    least = cost(blocks.merge(model), checkpoint["data"]["input_size"])
+    for kind, share in (("params", text[2]), ("macs", text[3])):
+        assert abs(least[kind] / checkpoint["baseline"][kind] - float(share)) < 1e-4
+        said = stage(monkeypatch, "2_search.py", *flags, f"--{kind}", float(share) - 2e-3)
+        assert said.startswith(f"error: --{kind} ") and share[:5] in said
 
 
 @one_network
