@@ -18,10 +18,11 @@ is what --resume goes on from.
     torchrun --nproc-per-node 8 2_search.py --workers 8  # shares the candidates out
 
 --prune takes the first rung of each block's ladder, shares choose among all rungs. Budgets hold for
-the merged network. A candidate's score is its loss on training images that stage 1 held back, after
-the BN statistics of a trained supernet were recalibrated, always from scratch and on the same
-images: no score depends on what was scored before. Where no more subnets keep to the budget than
-would be scored anyway, all of them are, and the best is the true optimum.
+the merged network. First every block is pruned alone, at each of its rungs: what that costs tells
+the genetic algorithm where to save. A candidate's score is its loss on training images that stage 1
+held back, after the BN statistics of a trained supernet were recalibrated, always from scratch and
+on the same images: no score depends on what was scored before. Where no more subnets keep to the
+budget than would be scored anyway, all of them are, and the best is the true optimum.
 """
 import argparse
 import contextlib

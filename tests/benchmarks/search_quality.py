@@ -15,7 +15,6 @@ its top-1 with their scores in the supernet; flags that this script does not kno
 
 import argparse
 import importlib
-import itertools
 import json
 import math
 import os
@@ -95,8 +94,8 @@ def search_quality(args, score, blocks, from_scratch, checkpoint):
         f" {speeds[1]:.2f}; recalibrated and evaluated from scratch, images read again, {speeds[2]:.2f}"
     )
     ranked = sorted(space, key=lambda c: (table[c]["loss"], price(c), c))
-    alone = [c for c in itertools.product(*map(range, budget[0])) if sum(map(bool, c)) < 2]
-    generations = int(args.share * len(space) - len(alone)) // args.population
+    alone = 1 + sum(size - 1 for size in budget[0])  # are scored before the first generation
+    generations = int(args.share * len(space) - alone) // args.population
     print("seed  scored   rank of the search's pick   rank of random search's pick (mean of 100)")
     for seed in range(args.seeds):
         silence, sys.stdout = sys.stdout, open(os.devnull, "w", encoding="utf-8")
@@ -189,10 +188,13 @@ def main():
 
     def from_scratch(candidate):
         set_subnet(plain, stage2.named(candidate, blocks))
-        recalibrate(plain, [batch for batch, _ in images("train", 512)])
+        if calibration:
+            recalibrate(plain, [batch for batch, _ in images("train", 512)])
         return evaluate(plain, images("holdout", args.images))
 
-    calibration, held_out = [batch for batch, _ in images("train", 512)], images("holdout", args.images)
+    trained = checkpoint["flags"]["epochs"] or not checkpoint["flags"]["calibrate"]
+    calibration = [batch for batch, _ in images("train", 512)] if trained else []
+    held_out = images("holdout", args.images)
     scores = [
         stage2.make_score(
             build(read_checkpoint(path)).to(memory_format=torch.channels_last),
