@@ -40,6 +40,7 @@ import time
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 
 from blocks import (UserError, at_least, build, cost, evaluate, finish, latencies,
                     make_loader, merge, print_table, processes, progress_bar, prunable_blocks,
@@ -98,18 +99,29 @@ def genes(prune, blocks):
                  for name, of_block in blocks.items())
 
 
+@torch.no_grad()
 def block_savings(model, blocks, input_size):
     """Costs of the merged network with nothing pruned, and what each gene saves: {block: [nothing,
     its first rung, …]}, each a dict. They add up exactly. Moves the model to the meta device."""
-    def merged_cost(prune):
+    def merged_cost(prune, part, size):
         set_subnet(model, prune)
-        return cost(merge(model), input_size)
+        return cost(merge(nn.Sequential(part)), size)
 
-    model.to("meta")
-    whole, savings = merged_cost([]), {}
+    model.to("meta").eval()
+    whole, savings, sizes = merged_cost([], model, input_size), {}, {}
+    modules = prunable_blocks(model)
+    hooks = [module.register_forward_pre_hook(
+        lambda _, x, name=name: sizes.update({name: x[0].shape[1:]}))
+        for name, module in modules.items()]
+    model(torch.empty(1, *input_size, device="meta"))
+    for hook in hooks:
+        hook.remove()
     for name, rungs in progress_bar(blocks.items(), "costs", unit="block"):
-        costs = [whole, *(merged_cost({name: rung}) for rung in rungs)]
-        savings[name] = [{key: whole[key] - one[key] for key in whole} for one in costs]
+        # An attention's cost is in the block around it, whose norm it takes along
+        outer = min((other for other in modules if f"{name}.".startswith(f"{other}.")), key=len)
+        costs = [merged_cost(prune, modules[outer], sizes[outer])
+                 for prune in ([], *({name: rung} for rung in rungs))]
+        savings[name] = [{key: costs[0][key] - one[key] for key in one} for one in costs]
     return whole, savings
 
 

@@ -1030,7 +1030,8 @@ def cost(model, input_size):
     """{"params", "macs"} of a forward pass on (1, *input_size), counted on the meta device."""
     model = copy.deepcopy(model).to("meta").eval()
     model.requires_grad_(False)  # the counter fails on parameters that are inputs
-    images = torch.empty(1, *input_size, device="meta", dtype=next(model.parameters()).dtype)
+    images = torch.empty(1, *input_size, device="meta",
+                         dtype=next(model.parameters(), torch.empty(0)).dtype)
     with FlopCounterMode(display=False) as counter:
         model(images)
     return {"params": sum(p.numel() for p in model.parameters()),

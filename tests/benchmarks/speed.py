@@ -73,11 +73,9 @@ def main():
     for name in args.models:
         rng = random.Random(args.seed)
         torch.manual_seed(0)
-        model = timm.create_model(name).eval()
-        names, baseline = (
-            make_prunable(model, attention=args.attention),
-            timm.create_model(name).eval(),
-        )
+        model_args = read_subnet(args.specs[0]).get("model_args", {}) if args.specs else {}
+        baseline, model = (timm.create_model(name, **model_args).eval() for _ in range(2))
+        names = make_prunable(model, attention=args.attention)
         subnets = [
             (os.path.splitext(os.path.basename(path))[0], read_subnet(path, name)["prune"])
             for path in args.specs
