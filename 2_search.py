@@ -444,6 +444,8 @@ def plot(scores, front, picks, whole, price, blocks, path):
     left.plot(*points(front), "o-", label="best trade-offs")
     left.plot(*points(picks), "*", markersize=15, label="picked")
     left.set(xlabel=f"{price}, share of the baseline's", ylabel="held-out loss", yscale="log")
+    left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_formatter("{x:g}")
     left.grid(alpha=0.3, which="both")
     left.legend()
     for rung in range(1, 1 + max(map(len, blocks.values()))):

@@ -12,13 +12,13 @@ from matplotlib.figure import Figure
 HERE = os.path.dirname(os.path.abspath(__file__))
 COLOURS = {"layer": "#9ecae1", "norm": "#a1d99b", "act": "#fdae6b", "merged": "#6baed6"}
 INVERTED_RESIDUAL = (
-    ("1×1 conv", "layer"),
+    ("1×1", "layer"),
     ("BN", "norm"),
     ("ReLU6", "act"),
-    ("depthwise", "layer"),
+    ("dw 3×3", "layer"),
     ("BN", "norm"),
     ("ReLU6", "act"),
-    ("1×1 conv", "layer"),
+    ("1×1", "layer"),
     ("BN", "norm"),
 )
 CONVNEXT = (
@@ -51,13 +51,15 @@ def block(axes, title, parts, merged, skip):
         )
         for text, kind in chain:
             alpha, style, shown = 1.0, "-", text
-            if name in ("0 < λ < 1", "λ = 1") and kind == "act":
-                alpha, style = (0.4, "--") if name == "0 < λ < 1" else (0.0, ":")
-                shown = text if name == "0 < λ < 1" else "x"
+            if name == "λ = 1" and kind == "act":  # the identity
+                x += width
+                continue
+            if name == "0 < λ < 1" and kind == "act":
+                alpha, style = 0.4, "--"
             if name in ("0 < λ < 1", "λ = 1") and text == "LayerNorm":
                 shown = "LN → BN" if name == "0 < λ < 1" else "BN"
             size = width * (0.94 if name != "merged" else 1.6)
-            box = {"facecolor": COLOURS[kind], "alpha": alpha or 0.15, "edgecolor": "black"}
+            box = {"facecolor": COLOURS[kind], "alpha": alpha, "edgecolor": "black"}
             axes.add_patch(_rectangle(x + 0.02, -y - 0.3, size, 0.6, style, box))
             axes.text(x + size / 2, -y, shown, ha="center", va="center", fontsize=10)
             x += width if name != "merged" else size + 0.2
@@ -71,7 +73,7 @@ def _rectangle(x, y, width, height, style, box):
 
 
 def blocks_picture(path):
-    figure = Figure((9, 8.2), layout="constrained", facecolor="white")
+    figure = Figure((7.8, 7.6), layout="constrained", facecolor="white")
     above, middle, below = figure.subplots(3)
     block(
         above,
