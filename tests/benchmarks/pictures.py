@@ -11,6 +11,11 @@ from matplotlib.figure import Figure
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 COLOURS = {"layer": "#9ecae1", "norm": "#a1d99b", "act": "#fdae6b", "merged": "#6baed6"}
+FORMS = {
+    "paper's form": ("o", "tab:blue"),
+    "fitted form": ("s", "tab:orange"),
+    "paper's form, ladder": ("^", "tab:green"),
+}
 INVERTED_RESIDUAL = (
     ("1×1", "layer"),
     ("BN", "norm"),
@@ -105,9 +110,9 @@ def curves_picture(path):
     networks = list(dict.fromkeys(row["network"] for row in rows))
     figure = Figure((9, 9), layout="constrained", facecolor="white")
     panels = figure.subplots(3, 2).flat
-    for axes, network in zip(panels, networks):
+    for network, axes in zip(networks, panels):
         mine = [row for row in rows if row["network"] == network]
-        for form, marker in (("paper's form", "o"), ("fitted form", "s")):
+        for form, (marker, colour) in FORMS.items():
             some = [row for row in mine if row["form"] == form]
             if not some:
                 continue
@@ -116,10 +121,11 @@ def curves_picture(path):
                 [float(row["top-1"]) for row in some],
                 [float(row["sd"] or 0) for row in some],
                 marker=marker,
+                color=colour,
                 capsize=3,
                 label=f"pruned, {form}",
             )
-            for row in some:
+            for row in some if form != "fitted form" or network == networks[0] else ():
                 axes.annotate(
                     row["pruned"],
                     (float(row["ms, batch 16"]), float(row["top-1"])),
@@ -139,12 +145,12 @@ def curves_picture(path):
                 label=label,
             )
         axes.set_title(f"{network}\n{mine[0]['data']}", fontsize=11)
+        axes.margins(x=0.1, y=0.2)
         axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
-        axes.margins(y=0.2)
     for axes in panels:
         axes.axis("off")
-    figure.axes[5].legend(*figure.axes[0].get_legend_handles_labels(), loc="center", fontsize=11)
+    figure.axes[5].legend(*figure.axes[2].get_legend_handles_labels(), loc="center", fontsize=11)
     figure.supxlabel("latency of 16 images (ms), 2 CPU cores")
     figure.supylabel("val top-1 (%)")
     figure.savefig(path, dpi=110)
