@@ -20,7 +20,7 @@ INVERTED_RESIDUAL = (
     ("1×1", "layer"),
     ("BN", "norm"),
     ("ReLU6", "act"),
-    ("dw 3×3", "layer"),
+    ("dw", "layer"),
     ("BN", "norm"),
     ("ReLU6", "act"),
     ("1×1", "layer"),
@@ -28,23 +28,23 @@ INVERTED_RESIDUAL = (
 )
 CONVNEXT = (
     ("depthwise", "layer"),
-    ("LayerNorm", "norm"),
+    ("LN", "norm"),
     ("fc1", "layer"),
     ("GELU", "act"),
     ("fc2 · γ", "layer"),
 )
-MLP = (("LayerNorm", "norm"), ("fc1", "layer"), ("GELU", "act"), ("fc2", "layer"))
+MLP = (("LN", "norm"), ("fc1", "layer"), ("GELU", "act"), ("fc2", "layer"))
 
 
 def block(axes, title, parts, merged, skip):
     """Four rows: the block at lam = 0, between, at 1, merged."""
-    axes.set_title(title, loc="left", fontsize=13, fontweight="bold")
-    axes.set(xlim=(-1.9, 8.6), ylim=(-3.6, 0.6))
+    axes.set_title(title, loc="left", fontsize=17, fontweight="bold")
+    axes.set(xlim=(-2.2, 8.6), ylim=(-3.6, 0.6))
     axes.axis("off")
     rows = ("λ = 0", "0 < λ < 1", "λ = 1", "merged")
     width = 8 / max(len(parts), 5)
     for y, name in enumerate(rows):
-        axes.text(-0.2, -y, name, ha="right", va="center", fontsize=12)
+        axes.text(-0.2, -y, name, ha="right", va="center", fontsize=15)
         chain = merged if name == "merged" else parts
         x = 0.0
         axes.annotate(
@@ -61,14 +61,14 @@ def block(axes, title, parts, merged, skip):
                 continue
             if name == "0 < λ < 1" and kind == "act":
                 alpha, style = 0.4, "--"
-            if name in ("0 < λ < 1", "λ = 1") and text == "LayerNorm":
-                shown = "LN → BN" if name == "0 < λ < 1" else "BN"
-            size = width * (0.94 if name != "merged" else 1.6)
+            if name in ("0 < λ < 1", "λ = 1") and text == "LN":
+                shown = "LN→BN" if name == "0 < λ < 1" else "BN"
+            size = width * 0.94 if name != "merged" else 2.9
             box = {"facecolor": COLOURS[kind], "alpha": alpha, "edgecolor": "black"}
             axes.add_patch(_rectangle(x + 0.02, -y - 0.3, size, 0.6, style, box))
-            axes.text(x + size / 2, -y, shown, ha="center", va="center", fontsize=10)
+            axes.text(x + size / 2, -y, shown, ha="center", va="center", fontsize=14)
             x += width if name != "merged" else size + 0.2
-    axes.text(8.5, -3.45, skip, ha="right", va="center", fontsize=10, style="italic")
+    axes.text(8.5, -3.45, skip, ha="right", va="center", fontsize=14, style="italic")
 
 
 def _rectangle(x, y, width, height, style, box):
@@ -96,7 +96,7 @@ def blocks_picture(path):
     )
     block(
         below,
-        "the MLP of a ViT's block (the attention before it stays)",
+        "The MLP of a ViT's block (its attention stays)",
         MLP,
         (("one linear layer", "merged"),),
         "the skip is folded in",
@@ -108,7 +108,7 @@ def curves_picture(path):
     with open(os.path.join(HERE, "results", "first-screen.csv"), encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     networks = list(dict.fromkeys(row["network"] for row in rows))
-    figure = Figure((9, 9), layout="constrained", facecolor="white")
+    figure = Figure((8, 10), layout="constrained", facecolor="white")
     panels = figure.subplots(3, 2).flat
     for network, axes in zip(networks, panels):
         mine = [row for row in rows if row["network"] == network]
@@ -131,11 +131,13 @@ def curves_picture(path):
                     (float(row["ms, batch 16"]), float(row["top-1"])),
                     xytext=(6, -12),
                     textcoords="offset points",
-                    fontsize=9,
+                    fontsize=13,
                 )
         for form, marker in (("control", "*"), ("baseline", "x")):
             row = next(row for row in mine if row["form"] == form)
-            label = "control: baseline, trained as long" if form == "control" else "baseline"
+            if form == "baseline" and network == networks[0]:
+                continue  # 72.8 %, among 1000 classes; the others have learnt that it is ten
+            label = "control: baseline,\ntrained as long" if form == "control" else "baseline"
             axes.plot(
                 float(row["ms, batch 16"]),
                 float(row["top-1"]),
@@ -144,15 +146,16 @@ def curves_picture(path):
                 markersize=11,
                 label=label,
             )
-        axes.set_title(f"{network}\n{mine[0]['data']}", fontsize=11)
+        axes.set_title(f"{network}\n{mine[0]['data']}", fontsize=14)
+        axes.tick_params(labelsize=13)
         axes.margins(x=0.1, y=0.2)
         axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
     for axes in panels:
         axes.axis("off")
-    figure.axes[5].legend(*figure.axes[2].get_legend_handles_labels(), loc="center", fontsize=11)
-    figure.supxlabel("latency of 16 images (ms), 2 CPU cores")
-    figure.supylabel("val top-1 (%)")
+    figure.axes[5].legend(*figure.axes[2].get_legend_handles_labels(), loc="center", fontsize=13)
+    figure.supxlabel("latency of 16 images (ms), 2 CPU cores", fontsize=15)
+    figure.supylabel("val top-1 (%)", fontsize=15)
     figure.savefig(path, dpi=110)
 
 
