@@ -551,7 +551,7 @@ def test_spoilt_weights_are_not_saved(runs, pictures, monkeypatch, tmp_path, scr
         tmp_path / "net.pt",
     )
     assert (
-        re.match(r"error: not all weights of (baseline|progressive) 1/1 are finite\. Try", said)
+        re.match(r"error: not all weights of (baseline|subnet) 1/1 are finite\. Try", said)
         and os.listdir(tmp_path) == []
     )
 
