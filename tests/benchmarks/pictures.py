@@ -129,7 +129,7 @@ def curves_picture(path):
                 axes.annotate(
                     row["pruned"],
                     (float(row["ms, batch 16"]), float(row["top-1"])),
-                    xytext=(6, -12),
+                    xytext=(-70, 9) if "ladder" in form else (6, -12),
                     textcoords="offset points",
                     fontsize=13,
                 )
