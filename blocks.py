@@ -868,7 +868,8 @@ def merge(model):
     last = None  # path and module of the leaf before: a conv's BN is registered right behind it
     for path, module in list(merged.named_modules()):
         if isinstance(module, BatchNorm):
-            if last and getattr(last[1], "out_channels", 0) == module.num_features:
+            if last and isinstance(last[1], nn.Conv2d) \
+                    and last[1].out_channels == module.num_features:
                 merged.set_submodule(last[0], fuse_conv_bn_eval(last[1], module))
                 # BatchNormAct2d has an activation inside, which stays
                 merged.set_submodule(path, getattr(module, "act", nn.Identity()))

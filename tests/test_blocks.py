@@ -865,3 +865,10 @@ def test_a_fit_takes_no_more_images_than_fit_in_memory(capsys):
     batches = (taken.append(i) or images(32) for i in range(9))
     fit(model, names, batches, room=3 * 2 * 4 * 64 * 8 * 8 * 8 * 3)
     assert len(taken) < 9 and f"takes {len(taken)} batches only" in capsys.readouterr().out
+
+
+def test_only_real_convs_take_a_bn_in():
+    """CondConv2d has out_channels, too, but several kernels to choose from for each image."""
+    conv = timm.layers.CondConv2d(4, 6, 3, num_experts=2)
+    merged = merge(nn.Sequential(conv, nn.BatchNorm2d(6), nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6)))
+    assert [type(layer) for layer in merged[1::2]] == [nn.BatchNorm2d, nn.Identity]
