@@ -230,22 +230,25 @@ def save_json(content, path):
             json.dump(content, file, indent=1)
 
 
+def reachable(kind, blocks, baseline, whole, savings):
+    """The smallest and the largest share of the baseline's cost, rounded up: it can be met."""
+    rows = [[one[kind] for one in savings[name]] for name in blocks]
+    return [math.ceil(1e4 * (whole[kind] - sum(map(end, rows))) / baseline[kind]) / 1e4
+            for end in (max, min)]
+
+
 def print_blocks(blocks, baseline, whole, savings):
     """What each rung of each block costs, and the range of every budget."""
-    kinds, sums = list(whole), {kind: [whole[kind]] * 2 for kind in whole}
-    rows = [("baseline, BN folded", "", *(f"{whole[kind] / baseline[kind]:.4f}" for kind in kinds))]
+    rows = [("baseline, BN folded", "", *(f"{whole[kind] / baseline[kind]:.4f}" for kind in whole))]
     for name, rungs in blocks.items():
-        for kind in kinds:
-            of_block = [one[kind] for one in savings[name]]
-            sums[kind] = [left - end(of_block) for left, end in zip(sums[kind], (max, min))]
         rows += [(name if rung == rungs[0] else "", rung,
-                  *(f"{-one[kind] / baseline[kind]:+.4f}" for kind in kinds))
+                  *(f"{-one[kind] / baseline[kind]:+.4f}" for kind in whole))
                  for rung, one in zip(rungs, savings[name][1:])]
     print("shares of the baseline's costs, and what each rung adds to them")
-    print_table(("block", "rung", *kinds), rows)
+    print_table(("block", "rung", *whole), rows)
+    ranges = {kind: reachable(kind, blocks, baseline, whole, savings) for kind in whole}
     print(f"budgets that can be met: --prune 1 to {len(blocks)}", *(
-        f"--{kind} {low / baseline[kind]:.4f} to {high / baseline[kind]:.4f}"
-        for kind, (low, high) in sums.items()), sep=", ")
+        f"--{kind} {low:.4f} to {high:.4f}" for kind, (low, high) in ranges.items()), sep=", ")
 
 
 # ---- which subnets keep to a budget --------------------------------------------------------------
@@ -270,12 +273,10 @@ def make_budget(kind, value, blocks, baseline, whole, savings):
     def fits(candidate):
         return low <= saved(candidate) <= high
 
-    most, least = ([row.index(best(row)) for row in table] for best in (max, min))
-    if saved(most) < low:
-        cheapest, dearest = (math.ceil(1e4 * (whole[kind] - saved(some)) / baseline[kind]) / 1e4
-                             for some in (most, least))  # rounded up: what is printed can be met
-        raise UserError(f"--{kind} {value:g}: merged subnets have {cheapest:.4f} to {dearest:.4f}"
-                        f" of the baseline's {kind}")
+    if sum(map(max, table)) < low:
+        least, most = reachable(kind, blocks, baseline, whole, savings)
+        raise UserError(f"--{kind} {value:g}: merged subnets have {least:.4f} to {most:.4f} of the"
+                        f" baseline's {kind}")
 
     def repair(candidate, rng, harm):
         candidate = list(candidate)
@@ -398,7 +399,7 @@ def search(score, budget, population, generations, seed, price="macs", scores=No
         for candidate, result in zip(some, share_out(score, some, "one by one", 1)):
             scores[candidate] = {**result, "generation": 0}
         losses = (scores[candidate]["loss"] for candidate in alone)
-        harm = [[next(losses) for _ in range(size)] for size in sizes]
+        harm = [[min(1e9, next(losses)) for _ in range(size)] for size in sizes]  # NaN is 1e9, too
         keep(0, scores)
     for generation in range(first, generations):
         rng, started, fresh = random.Random(f"{seed}/{generation}"), time.time(), set()

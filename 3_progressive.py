@@ -172,7 +172,6 @@ def train(model, teacher, prune, loader, val, args, log, control=None, state=Non
         row = {"network": "subnet" if prune else "control", "epoch": epoch + 1}
         name = f"{row['network']} {epoch + 1}/{args.epochs}"
         bar = progress_bar(loader, name, rounds=args.epochs - epoch if epoch == first else 0)
-        losses.reset()
         started = time.time()
         model.train()
         for step, (images, labels) in enumerate(bar, epoch * len(loader)):

@@ -1144,7 +1144,7 @@ def progress_bar(items, name, rounds=0, **kwargs):
             if started and i > wait and time.time() - started > 5:
                 left = (rounds * len(items) - i) * (time.time() - started) / (i - wait)
                 if left > 60:
-                    tqdm.write(f"{name}: about {left / 60:.0f} minutes to go")
+                    tqdm.write(f"{name}: about {left / 60:.0f} min to go")
                 started = None
             yield item
     total = len(items) if hasattr(items, "__len__") else None

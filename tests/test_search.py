@@ -108,6 +108,16 @@ def test_a_ladder_is_searched_completely():
         assert search_script.genes(spec, NAMES) == genes
 
 
+def test_a_block_that_breaks_the_network_is_left_alone():
+    """A loss that is NaN counts as a large one, not as none."""
+    def score(candidate):
+        return {**made_up(candidate), "loss": math.nan if candidate[0] else made_up(candidate)["loss"]}
+
+    budget = search_script.make_budget("prune", 3, NAMES, WHOLE, WHOLE, SAVINGS)
+    scores, exact = search_script.search(score, budget, 3, 2, 0)
+    assert not exact and not any(c[0] for c in scores if scores[c]["generation"] == 1)
+
+
 def test_of_equal_losses_the_cheaper_subnet_wins(capsys):
     def score(candidate):  # all alike, and the alphabet's last ones are the cheapest
         return {"loss": 1.0, "top1": 50.0, "macs": -sum(i * c for i, c in enumerate(candidate))}
