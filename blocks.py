@@ -1189,7 +1189,7 @@ def save(checkpoint, path):
     if processes()[0] == 0:
         with replacing(path) as temporary:
             try:
-                torch.save({"format": 4, **checkpoint}, temporary)
+                torch.save({"format": 5, **checkpoint}, temporary)
             except RuntimeError as error:  # a full disk
                 raise UserError(f"cannot write {path}: {error}") from error
 
@@ -1213,7 +1213,7 @@ def read_checkpoint(path, *stages):
         raise UserError(f"{path} does not exist: run the stage before, or name its file") from error
     except Exception as error:  # torch.load raises many kinds
         raise UserError(f"{path} is damaged or is not a checkpoint: write it again") from error
-    if version != 4:
+    if version != 5:
         raise UserError(f"{path} was written by another version of this project: write it again")
     if stages and stage not in stages:
         raise UserError(f"{path} holds: {stage}. This needs: {' or '.join(stages)}")

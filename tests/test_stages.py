@@ -39,7 +39,7 @@ def test_checkpoints_hold_tensors_and_plain_values(runs):
         ("merged.pt", "merged"),
     ):
         checkpoint = torch.load(runs / name, weights_only=True)
-        assert checkpoint["stage"] == kind and checkpoint["format"] == 4
+        assert checkpoint["stage"] == kind and checkpoint["format"] == 5
     assert sorted(os.listdir(runs)) == [
         "merged.pt",
         "merged.pt2",
