@@ -400,7 +400,8 @@ def search(score, budget, population, generations, seed, price="macs", scores=No
             scores[candidate] = {**result, "generation": 0}
         losses = (scores[candidate]["loss"] for candidate in alone)
         harm = [[min(1e9, next(losses)) for _ in range(size)] for size in sizes]  # NaN is 1e9, too
-        keep(0, scores)
+        if some:  # else they are in `scores`, maybe with later ones: that state must stay
+            keep(0, scores)
     for generation in range(first, generations):
         rng, started, fresh = random.Random(f"{seed}/{generation}"), time.time(), set()
         parents = list(filter(fits, ranked(scores, price)))[:max(2, population // 4)]

@@ -118,6 +118,23 @@ def test_a_block_that_breaks_the_network_is_left_alone():
     assert not exact and not any(c[0] for c in scores if scores[c]["generation"] == 1)
 
 
+def test_a_search_goes_on_from_every_state_that_it_kept():
+    """With the same scores, and without falling back to an earlier state."""
+    budget = search_script.make_budget("prune", 3, NAMES, WHOLE, WHOLE, SAVINGS)
+    states = []
+
+    def keep(generation, scores):
+        states.append((generation, dict(scores)))
+
+    whole, exact = search_script.search(made_up, budget, 3, 4, 0, keep=keep)
+    assert not exact and [generation for generation, _ in states] == [0, 1, 2, 3, 4]
+    for first, known in list(states):
+        states.clear()
+        again, _ = search_script.search(made_up, budget, 3, 4, 0, "macs", known, first, keep)
+        assert again == whole
+        assert [generation for generation, _ in states] == list(range(first + 1, 5))
+
+
 def test_of_equal_losses_the_cheaper_subnet_wins(capsys):
     def score(candidate):  # all alike, and the alphabet's last ones are the cheapest
         return {"loss": 1.0, "top1": 50.0, "macs": -sum(i * c for i, c in enumerate(candidate))}
