@@ -549,7 +549,7 @@ def main():
               "generation": generation, "scores": list(scores.items())},
              args.out + ".last")
 
-    first_budget, first, scores, picks = 0, 0, {}, []
+    first_budget, first, scores = 0, 0, {}
     if state:
         first_budget, first = state["budget"], state["generation"]
         scores = dict(state["scores"])
@@ -560,7 +560,6 @@ def main():
                                args.seed, price, scores, first, keep)
         fitting, first = list(filter(budgets[number][1], ranked(scores, price))), 0
         best = fitting[0]
-        picks.append(best)
         notes = {"evaluated": len(scores), "optimum": exact}
         print(f"\nprune {len(named(best, blocks))} of {len(blocks)} blocks: {words(best)}")
         if exact:
@@ -586,6 +585,7 @@ def main():
     for i, candidate in enumerate(front, 1):
         save_subnet(candidate, f"{root}.front/{i}.json")
         if args.plot:
+            picks = [genes(read_subnet(path)["prune"], blocks) for path in paths]
             plot(scores, front, picks, whole, price, blocks, f"{root}.png")
     print(f"best trade-offs of {price} and loss among the {len(scores)} scored, with their specs;"
           f" all are in {root}.search.csv")
