@@ -434,7 +434,7 @@ def main():
         for name, c, top1 in (
             ("baseline", baseline, baseline["top1"]),
             ("supernet, nothing pruned", baseline, result["top1"]),
-            ("supernet, everything pruned and merged", smallest, result["top1_smallest"]))])
+            ("supernet, all at their first rung, merged", smallest, result["top1_smallest"]))])
     print(f"\nwrote {args.out}")
 
 

@@ -212,7 +212,8 @@ def latency_table(path, checkpoint, model, blocks, images):
                 print(f"latencies of the blocks: from {path}")
         for _ in range(0 if tables[0] else 3):
             tables = [{**about, **measure_blocks(model, blocks, images)}]
-            print(f"latencies of the blocks: measured, median error {tables[0]['error']:.1%}")
+            print(f"latencies of the blocks: measured; their sums differ from whole networks by"
+                  f" {tables[0]['error']:.1%} (median)")
             if tables[0]["error"] < 0.1:
                 save_json(tables[0], path)
                 break
@@ -242,9 +243,9 @@ def print_blocks(blocks, baseline, whole, savings):
     rows = [("baseline, BN folded", "", *(f"{whole[kind] / baseline[kind]:.4f}" for kind in whole))]
     for name, rungs in blocks.items():
         rows += [(name if rung == rungs[0] else "", rung,
-                  *(f"{-one[kind] / baseline[kind]:+.4f}" for kind in whole))
+                  *(f"{one[kind] / baseline[kind]:.4f}" for kind in whole))
                  for rung, one in zip(rungs, savings[name][1:])]
-    print("shares of the baseline's costs, and what each rung adds to them")
+    print("shares of the baseline's costs, and what each rung saves of them (below 0: it adds)")
     print_table(("block", "rung", *whole), rows)
     ranges = {kind: reachable(kind, blocks, baseline, whole, savings) for kind in whole}
     print(f"budgets that can be met: --prune 1 to {len(blocks)}", *(
@@ -517,14 +518,14 @@ def main():
 
     def row(name, s):
         return (name, f"{s['params'] / 1e6:.3f}", f"{s['macs'] / 1e6:.1f}",
-                *([f"{s['latency'] * 1e3:.2f}"] if args.latency else []),
+                *([f"{s['latency'] * 1e3:.2f}" if "loss" in s else ""] if args.latency else []),
                 *((f"{s['loss']:.4f}", f"{s['top1']:.2f}") if "loss" in s else ("", "")))
 
     header = ("", "params (M)", "MACs (M)", *(["latency (ms)"] if args.latency else []),
               "held-out loss", "held-out top-1 (%)")
     table = [row("baseline", baseline),
              row("nothing pruned, BN folded", score((0,) * len(blocks))),
-             row("everything pruned, merged", score((1,) * len(blocks)))]
+             row("all blocks at their first rung, merged", score((1,) * len(blocks)))]
     if args.score:
         print_table(header, table + [row(path, score(genes(prune, blocks))) for path, prune in own])
         return
@@ -574,6 +575,9 @@ def main():
             notes["timed_latency"] = dict(zip(("baseline", "merged"), seconds))
             print(f"latency: predicted {scores[best]['latency'] / whole['latency']:.3f} of the"
                   f" baseline's, the merged network itself {seconds[1] / seconds[0]:.3f}")
+            if seconds[1] > 1.03 * values[number] * seconds[0]:
+                print(f"that is more than --latency {values[number]:g}: ask for less; or, if other"
+                      " programs were running, delete latency.json and search again")
         save_subnet(best, paths[number], **notes)
         print()
         print_table(header, table[:2] + [row("this subnet, merged", scores[best])] + table[2:])
@@ -587,8 +591,8 @@ def main():
         if args.plot:
             picks = [genes(read_subnet(path)["prune"], blocks) for path in paths]
             plot(scores, front, picks, whole, price, blocks, f"{root}.png")
-    print(f"best trade-offs of {price} and loss among the {len(scores)} scored, with their specs;"
-          f" all are in {root}.search.csv")
+    print(f"best trade-offs of {price} and loss among the {len(scores)} scored, each with its spec"
+          f" (3_progressive.py --subnet FILE trains it); all are in {root}.search.csv")
     print_table(header, [row(f"{root}.front/{i}.json", scores[c]) for i, c in enumerate(front, 1)])
 
 
