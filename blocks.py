@@ -183,8 +183,8 @@ def fade_taps(conv, x, size, lam):
         return conv(x)
     weight, padding = inner(conv.weight, size), padding_for(conv, size)
     if lam < 1:
-        inside = F.pad(x.new_full((size, size), lam), 4 * [crop])
-        weight, padding = conv.weight * (1 - lam + inside), conv.padding
+        again = F.pad(x.new_full((size, size), lam), 4 * [crop])  # what the inner taps get back
+        weight, padding = conv.weight * (1 - lam + again), conv.padding
     run = conv2d_same if isinstance(conv, Conv2dSame) else F.conv2d
     return run(x, weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups)
 
@@ -329,14 +329,14 @@ class Prunable:
             return super().forward(x, **attn_args)
         skip = self.skip_part(x, **attn_args)
         inside = skip if self.serial else x
-        if self.pruned is None:
-            return self.finish(skip + self.drop_path(self.own_layers(inside, self.lam)))
+        if self.pruned is None:  # the paper's form
+            return self.end(skip + self.drop_path(self.own_layers(inside, self.lam)))
         return blend(
             lambda: skip + self.drop_path(self.own_layers(inside, 0)) if self.serial
             else super(Prunable, self).forward(x),
-            lambda: self.finish(skip + self.drop_path(on_rows(self.pruned, inside))), self.lam)
+            lambda: self.end(skip + self.drop_path(on_rows(self.pruned, inside))), self.lam)
 
-    def finish(self, y):
+    def end(self, y):
         """The end activation. In the paper's form it fades in; else the output is blended."""
         if self.end_act is None or self.rung == "skip":
             return y
@@ -485,7 +485,7 @@ class PrunableBasicBlock(PrunableConvs, resnet.BasicBlock):
     def skip_part(self, x):
         return x if self.downsample is None else self.downsample(x)
 
-    def finish(self, y):
+    def end(self, y):
         return self.act2(y)
 
     def own_layers(self, x, lam):
@@ -980,10 +980,10 @@ def fit(model, prune, batches, in_turn=True, ridge=1e-2, pixels=8192, room=2**32
         if in_turn:
             held.append(3 * x.nbytes)  # that, the skip and the layer's output
             thread.pause()
-        wanted = wanted if block.end_act else block.finish(wanted)  # a ResNet's own activation
+        wanted = wanted if block.end_act else block.end(wanted)  # a ResNet's own activation
         if not in_turn:
             return wanted
-        return torch.cat([wanted, block.finish(skip + on_rows(block.pruned, inside))])
+        return torch.cat([wanted, block.end(skip + on_rows(block.pruned, inside))])
 
     def forward(images):
         with contextlib.suppress(Reached), torch.no_grad():  # a thread has its own grad mode
