@@ -199,7 +199,8 @@ def latency_table(path, checkpoint, model, blocks, images):
     device, tables = images.device, [None]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:
-        name = name or next(line.split(": ")[1] for line in file if line.startswith("model name"))
+        if name in ("", platform.machine()):  # all that many a Linux knows
+            name = next(line.split(": ")[1] for line in file if line.startswith("model name"))
     about = {"model": checkpoint["model"], "model_args": checkpoint["model_args"], "blocks": blocks,
              "input": list(images.shape), "torch": torch.__version__, "device": name,
              "threads": torch.get_num_threads()}
@@ -256,9 +257,10 @@ def print_blocks(blocks, baseline, whole, savings):
 
 def make_budget(kind, value, blocks, baseline, whole, savings):
     """(sizes, fits, repair, every) for one budget. sizes: how many values each gene has;
-    fits(candidate) says whether a candidate keeps to the budget; repair(candidate, rng) makes it,
-    by random steps on the ladders; every() yields all that do. None has to give up: a budget that
-    nothing can meet is an error, with the range that can be reached."""
+    fits(candidate) says whether a candidate keeps to the budget; repair(candidate, rng, harm) makes
+    it, by random steps on the ladders, rather where harm[block][gene], a loss, grows little;
+    every() yields all that do. None has to give up: a budget that nothing can meet is an error,
+    with the range that can be reached."""
     # Every budget asks for savings from `low` to `high`; pruning a block may also save less than 0
     if kind == "prune":  # as in the paper: of their first rung
         table, low, high = [[0, 1] for _ in blocks], value, value
@@ -354,9 +356,8 @@ def share_out(work, items, name, rounds=0):
     rank, world = processes()
     mine = items[len(items) * rank // world:len(items) * (rank + 1) // world]
     mine = [work(item) for item in progress_bar(mine, name, rounds, unit="subnet")]
-    parts = [mine]
+    parts = [mine] * world
     if world > 1:
-        parts = [None] * world
         dist.all_gather_object(parts, mine)
     return list(itertools.chain(*parts))
 
@@ -563,8 +564,6 @@ def main():
         best = fitting[0]
         notes = {"evaluated": len(scores), "optimum": exact}
         print(f"\nprune {len(named(best, blocks))} of {len(blocks)} blocks: {words(best)}")
-        if exact:
-            print("the best of all that keep to the budget")
         equal = sum(scores[c]["loss"] == scores[best]["loss"] for c in fitting)
         if equal > 1:
             print(f"{equal} subnets have this loss: this one costs least")
@@ -588,9 +587,9 @@ def main():
         shutil.rmtree(f"{root}.front", ignore_errors=True)
     for i, candidate in enumerate(front, 1):
         save_subnet(candidate, f"{root}.front/{i}.json")
-        if args.plot:
-            picks = [genes(read_subnet(path)["prune"], blocks) for path in paths]
-            plot(scores, front, picks, whole, price, blocks, f"{root}.png")
+    if args.plot and processes()[0] == 0:
+        picks = [genes(read_subnet(path)["prune"], blocks) for path in paths]
+        plot(scores, front, picks, whole, price, blocks, f"{root}.png")
     print(f"best trade-offs of {price} and loss among the {len(scores)} scored, each with its spec"
           f" (3_progressive.py --subnet FILE trains it); all are in {root}.search.csv")
     print_table(header, [row(f"{root}.front/{i}.json", scores[c]) for i, c in enumerate(front, 1)])

@@ -18,20 +18,16 @@ The pruned block comes in two forms, which merge into layers of the same shape:
               reproduce the block's output. lam blends the outputs. It prunes without training, and
               takes blocks whose own layers cannot be merged (squeeze-excite).
 
-    timm class                             reparam form, lam = 1              merges into
-    resnet.BasicBlock                      conv1, bn1, centre of conv2, bn2   one 3x3 conv
-    _efficientnet_blocks.InvertedResidual  its convs and BNs                  one dense conv
-    convnext.ConvNeXtBlock                 conv_dw, BatchNorm, fc1, fc2, γ    depthwise + 1x1, skip
-    vision_transformer.Block               BatchNorm, fc1, fc2 for the MLP    one linear layer
-    vision_transformer.Attention           fitted only, if asked for          one linear layer
+    timm class                    reparam form, lam = 1              ladder
+    resnet.BasicBlock             conv1, bn1, centre of conv2, bn2   dense, 1x1, skip
+    InvertedResidual              its convs and BNs                  dense, separable, 1x1, skip
+    convnext.ConvNeXtBlock        conv_dw, BatchNorm, γ, fc2, fc1    separable, depthwise, skip
+    vision_transformer.Block      BatchNorm, fc2, fc1 for the MLP    linear, skip
+    vision_transformer.Attention  fitted only, if asked for          linear, skip
 
-That is the first rung of a block's ladder, the paper's. Lower rungs are always fitted, and each is
-cheaper than the one before:
-
-    resnet.BasicBlock                      dense, 1x1, skip (where no conv is in the skip)
-    _efficientnet_blocks.InvertedResidual  dense, separable (depthwise + 1x1), 1x1, skip
-    convnext.ConvNeXtBlock                 separable, depthwise, skip
-    vision_transformer.Block, Attention    linear, skip
+The ladder's names say what a block merges into: one conv (dense, 1x1, depthwise), a depthwise and a
+1x1 conv (separable), one linear layer, or nothing beside the skip (where no conv is in it). The
+first rung is the paper's. Lower ones are always fitted, each cheaper than the one before.
 
 The blocks come first, then networks of them, then what the stages share.
 """
@@ -139,10 +135,10 @@ def fade_mlp(mlp, x, lam):
     return mlp.drop2(F.linear(mlp.drop1(fade(mlp.act, z, lam)), *weight_and_bias(mlp.fc2)))
 
 
-def own_mlp_obstacle(mlp):
-    """Why the two linear layers of an MLP cannot be composed, or None."""
-    if type(mlp) is not Mlp or not isinstance(mlp.norm, nn.Identity):
-        return f"no plain MLP inside ({type(mlp).__name__})"
+def own_mlp_obstacle(block):
+    """Why the two linear layers of a block's MLP cannot be composed, or None."""
+    if type(block.mlp) is not Mlp or not isinstance(block.mlp.norm, nn.Identity):
+        return f"no plain MLP inside ({type(block.mlp).__name__})"
 
 
 def own_convs_obstacle(convs, norms):
@@ -215,13 +211,6 @@ def pixel_rows(x):
     return (x.movedim(1, -1) if x.ndim == 4 else x).flatten(0, -2)
 
 
-def patches(conv, size, x):
-    """What each output pixel of `conv`, with a kernel of size x size, sees of x: (B·H·W, C·size²).
-    A conv with one tap per output channel makes it, because that pads like `conv`."""
-    one_tap = torch.eye(size ** 2).to(x).view(-1, 1, size, size).repeat(x.shape[1], 1, 1, 1)
-    return pixel_rows(conv_like(conv, one_tap, groups=x.shape[1])(x))
-
-
 def solve(gram, cross, ridge):
     """W (d, O) with the least squared error of Wᵀx to y, for inputs x of covariance `gram` (d, d)
     and outputs y of covariance `cross` (d, O) with x. ridge: a share of each input's variance."""
@@ -231,8 +220,8 @@ def solve(gram, cross, ridge):
 
 
 def separate(gram, cross, channels, ridge, rounds=3):
-    """Depthwise kernels (C, taps) on whose outputs a 1x1 conv fits best. `gram` and `cross` are
-    those of `patches`. It starts from the dense solution, of which each input channel's part
+    """Depthwise kernels (C, taps) on whose outputs a 1x1 conv fits best. `gram` and `cross` are of
+    a conv's `linear_inputs`. It starts from the dense solution, of which each input channel's part
     (taps, O) is brought to rank 1; then kernels and 1x1 conv are solved in turn."""
     dense = solve(gram, cross, ridge).unflatten(0, (channels, -1))
     taps = dense.shape[1]
@@ -308,7 +297,7 @@ class Prunable:
         obstacle(block)      why a block of the class is not prunable, or None
         own_obstacle(block)  why its own layers cannot be merged, or None; then it will be fitted
         ladder()             names of its rungs, the most expensive first
-        prepare(end_act)     builds self.end_act if asked for
+        prepare(end_act)     builds self.end_act if asked for: by default the MLP's activation
         skip_part(x)         what both forms are added to: the skip
         merged()             plain layers that compute the pruned form, in eval mode
 
@@ -321,6 +310,7 @@ class Prunable:
         linear_inputs(x)     what the linear layers that `fit` solves work on, as rows
     """
     pruned = property(lambda self: self.fitted[self.rung] if self.rung in self.fitted else None)
+    obstacle = own_obstacle = staticmethod(lambda block: None)  # unless a family says why not
     serial = False  # True: the layers work on the output of skip_part, as a ViT's MLP does
     end_act_default = True  # None: only where all blocks are pruned and a network would be linear
 
@@ -333,7 +323,7 @@ class Prunable:
             return self.end(skip + self.drop_path(self.own_layers(inside, self.lam)))
         return blend(
             lambda: skip + self.drop_path(self.own_layers(inside, 0)) if self.serial
-            else super(Prunable, self).forward(x),
+            else super(Prunable, self).forward(x, **attn_args),
             lambda: self.end(skip + self.drop_path(on_rows(self.pruned, inside))), self.lam)
 
     def end(self, y):
@@ -342,19 +332,11 @@ class Prunable:
             return y
         return fade(self.end_act, y, 1 - self.lam if self.pruned is None else 0)
 
-    @staticmethod
-    def obstacle(block):
-        return None
-
-    @staticmethod
-    def own_obstacle(block):
-        return None
-
     def ladder(self):
         return ["linear", "skip"]
 
     def prepare(self, end_act):
-        pass
+        self.end_act = copy.deepcopy(self.mlp.act) if end_act else None
 
     def own_norm(self):
         return None
@@ -408,8 +390,7 @@ class Prunable:
             raise ValueError(f"a block at lam = {self.lam:g} is still in transition: only 0 and 1"
                              " merge exactly")
         for name in ("fitted", "end_act", "norm_bn", "lam", "rungs", "rung"):
-            if name in self._modules or name in self.__dict__:
-                delattr(self, name)
+            delattr(self, name)
         self.__class__ = self.timm_class
         return self
 
@@ -431,8 +412,11 @@ class PrunableConvs(Prunable):
         return nn.Sequential(*convs, bn).to(like.weight)
 
     def linear_inputs(self, x):
-        like, _, _, size = self.shape()
-        return patches(like, size, x)
+        """What each output pixel of a dense conv sees of x: (B·H·W, C·size²). A conv with one tap
+        per output channel makes it, because that pads like the block's own."""
+        like, channels, _, size = self.shape()
+        one_tap = torch.eye(size ** 2).to(x).view(-1, 1, size, size).repeat(channels, 1, 1, 1)
+        return pixel_rows(conv_like(like, one_tap, groups=channels)(x))
 
     def narrow(self, rung, mean, gram, cross, ridge):
         _, inputs, _, size = self.shape()
@@ -463,8 +447,6 @@ class PrunableBasicBlock(PrunableConvs, resnet.BasicBlock):
 
     @staticmethod
     def obstacle(block):
-        if block.conv1.kernel_size != (3, 3):
-            return "convs of another size"
         return None if isinstance(block.aa, nn.Identity) else "anti-aliasing inside"
 
     @staticmethod
@@ -531,14 +513,11 @@ class PrunableInvertedResidual(PrunableConvs, _efficientnet_blocks.InvertedResid
 
     @staticmethod
     def obstacle(block):
-        pw, dw, pwl = block.conv_pw, block.conv_dw, block.conv_pwl
+        convs = block.conv_pw, block.conv_dw, block.conv_pwl
         if not isinstance(block.aa, nn.Identity):
             return "anti-aliasing inside"
-        if getattr(block, "conv_s2d", None) is not None \
-                or not all(isinstance(conv, nn.Conv2d) for conv in (pw, dw, pwl)):
+        if block.conv_s2d is not None or not all(isinstance(conv, nn.Conv2d) for conv in convs):
             return "convs of another kind inside (mixed, conditional, space-to-depth)"
-        if not PrunableInvertedResidual.ladder(block):
-            return "a dense 3x3 conv would be more expensive"
 
     def merged_size(self):
         """Of the dense conv's kernel; None where any would cost more MACs than the block."""
@@ -555,7 +534,7 @@ class PrunableInvertedResidual(PrunableConvs, _efficientnet_blocks.InvertedResid
             return "squeeze-excite inside"
         if not PrunableInvertedResidual.merged_size(block):
             return "a dense 3x3 conv would be more expensive"
-        if pw.groups > 1 or pwl.groups > 1 or dw.groups < dw.in_channels:
+        if dw.groups < dw.in_channels:
             return "grouped convs inside"
         return own_convs_obstacle((pw, dw, pwl), (block.bn1, block.bn2, block.bn3))
 
@@ -566,12 +545,9 @@ class PrunableInvertedResidual(PrunableConvs, _efficientnet_blocks.InvertedResid
             self.drop_path = nn.Identity()
 
     def ladder(self):
-        pw, dw, pwl = self.conv_pw, self.conv_dw, self.conv_pwl
-        cheaper = pw.groups == pwl.groups == 1  # else an ungrouped 1x1 conv might cost more
         # TensorFlow's padding would move a 1x1 conv with a stride off the centre tap
-        centred = not isinstance(dw, Conv2dSame) or max(dw.stride) == 1
-        return (["dense"] * bool(PrunableInvertedResidual.merged_size(self))
-                + ["separable"] * cheaper + ["1x1"] * (cheaper and centred)
+        centred = not isinstance(self.conv_dw, Conv2dSame) or max(self.conv_dw.stride) == 1
+        return (["dense"] * bool(self.merged_size()) + ["separable"] + ["1x1"] * centred
                 + ["skip"] * self.has_skip)
 
     def shape(self):
@@ -611,13 +587,7 @@ class PrunableConvNeXtBlock(Prunable, convnext.ConvNeXtBlock):
     depthwise conv stays, with its BN folded in, and γ·fc2·fc1 becomes one 1x1 conv. (The fitted
     form has a copy of the depthwise conv, a BatchNorm and a new 1x1 conv.)"""
     timm_class = convnext.ConvNeXtBlock
-
-    @staticmethod
-    def own_obstacle(block):
-        return own_mlp_obstacle(block.mlp)
-
-    def prepare(self, end_act):
-        self.end_act = copy.deepcopy(self.mlp.act) if end_act else None
+    own_obstacle = staticmethod(own_mlp_obstacle)
 
     def own_norm(self):
         bn = nn.BatchNorm2d(self.conv_dw.out_channels)
@@ -674,6 +644,7 @@ class PrunableViTBlock(Prunable, vision_transformer.Block):
     """x + attn(norm1(x)), then x + mlp(norm2(x)). The attention half stays. In the MLP half, LN
     becomes BatchNorm over all tokens, and fc2·fc1 one C x C linear layer with the skip inside."""
     timm_class = vision_transformer.Block
+    own_obstacle = staticmethod(own_mlp_obstacle)
     drop_path = property(lambda self: self.drop_path2)
     serial = True
     end_act_default = False  # the attention's softmax keeps the network nonlinear
@@ -682,13 +653,6 @@ class PrunableViTBlock(Prunable, vision_transformer.Block):
     def obstacle(block):
         if not isinstance(getattr(block.mlp, "fc2", None), nn.Linear):
             return f"{type(block.mlp).__name__} as its MLP"
-
-    @staticmethod
-    def own_obstacle(block):
-        return own_mlp_obstacle(block.mlp)
-
-    def prepare(self, end_act):
-        self.end_act = copy.deepcopy(self.mlp.act) if end_act else None
 
     def own_norm(self):
         bn = nn.BatchNorm1d(self.mlp.fc1.in_features)
@@ -747,17 +711,13 @@ class PrunableAttention(Prunable, vision_transformer.Attention):
     """The attention of a PrunableViTBlock, fitted only: a BatchNorm and one linear layer on every
     token by itself."""
     timm_class = vision_transformer.Attention
-
-    @staticmethod
-    def own_obstacle(block):
-        return "attention"
+    own_obstacle = staticmethod(lambda block: "attention")
 
     def new_layers(self, rung):
         return bn_linear(self.qkv.in_features, self.proj.out_features, self.proj.weight)
 
-    def forward(self, x, **attn_args):
-        return blend(lambda: super(Prunable, self).forward(x, **attn_args),
-                     lambda: on_rows(self.pruned, x), self.lam)
+    def prepare(self, end_act):
+        self.drop_path = nn.Identity()
 
     def skip_part(self, x, **attn_args):
         return 0
@@ -907,28 +867,22 @@ def recalibrate(model, batches, norms=None):
 def with_pauses(function):
     """A generator that runs function(pause): each pause() is a yield. So a forward pass can stop
     between two blocks: it runs in a thread of its own, but never beside another."""
-    go, stopped, ended = threading.Semaphore(0), threading.Semaphore(0), []
-
-    def pause():
-        stopped.release()
-        go.acquire()
+    turn, ended = threading.Barrier(2), []  # where one side waits while the other runs
 
     def body():
-        go.acquire()
+        turn.wait()
         try:
-            ended.append(function(pause))
+            ended.append(function(lambda: (turn.wait(), turn.wait())))
         except BaseException as error:
             ended.append(error)
-        stopped.release()
+        turn.wait()
 
     threading.Thread(target=body, daemon=True).start()
-    while True:
-        go.release()
-        stopped.acquire()
+    while not ended:
+        turn.wait()  # it goes on ...
+        turn.wait()  # ... to a pause, or to its end
         if ended and ended[0]:
             raise ended[0]
-        if ended:
-            return
         yield
 
 
@@ -977,15 +931,15 @@ def fit(model, prune, batches, in_turn=True, ridge=1e-2, pixels=8192, room=2**32
         if block is todo[-1]:
             raise Reached
         del inputs, outputs, gram, cross
-        if in_turn:
-            held.append(3 * x.nbytes)  # that, the skip and the layer's output
-            thread.pause()
         wanted = wanted if block.end_act else block.end(wanted)  # a ResNet's own activation
         if not in_turn:
             return wanted
+        held.append(3 * x.nbytes)  # that, the skip and the layer's output
+        thread.pause()
         return torch.cat([wanted, block.end(skip + on_rows(block.pruned, inside))])
 
-    def forward(images):
+    def forward(images, pause=None):
+        thread.pause = pause  # of this thread's walk
         with contextlib.suppress(Reached), torch.no_grad():  # a thread has its own grad mode
             model(torch.cat([images, images]) if in_turn else images)
 
@@ -1006,10 +960,7 @@ def fit(model, prune, batches, in_turn=True, ridge=1e-2, pixels=8192, room=2**32
     try:
         for images in progress_bar(batches, "fit") if todo else ():
             if in_turn:
-                def walk(pause, images=images):
-                    thread.pause = pause
-                    forward(images)
-                walks.append(with_pauses(walk))
+                walks.append(with_pauses(functools.partial(forward, images)))
                 next(walks[-1], None)  # to the first block
                 if sum(held) > room:
                     print(f"the fit takes {len(walks)} batches only: their activations fill its"
