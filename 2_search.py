@@ -45,7 +45,7 @@ import torch.nn as nn
 from blocks import (UserError, at_least, build, cost, evaluate, finish, latencies,
                     make_loader, merge, print_table, processes, progress_bar, prunable_blocks,
                     read_checkpoint, read_subnet, recalibrate, replacing, run, save, save_csv,
-                    set_subnet, start)
+                    save_json, set_subnet, start)
 
 parser = argparse.ArgumentParser(description="Stage 2 of 4: searches for the blocks to prune.",
                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -224,12 +224,6 @@ def latency_table(path, checkpoint, model, blocks, images):
     if processes()[1] > 1:
         dist.broadcast_object_list(tables)
     return tables[0]
-
-
-def save_json(content, path):
-    if processes()[0] == 0:
-        with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
 
 
 def reachable(kind, blocks, baseline, whole, savings):

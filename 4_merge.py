@@ -26,7 +26,7 @@ import torch
 import torch.nn as nn
 
 from blocks import (UserError, at_least, build, cost, evaluate, latencies, make_loader, merge,
-                    print_table, read_checkpoint, replacing, run, save, start)
+                    print_table, read_checkpoint, replacing, run, save, save_json, start)
 
 parser = argparse.ArgumentParser(description="Stage 4 of 4: merges, checks, exports and times.",
                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -125,17 +125,14 @@ def main():
                                         "classes")}
     about.update({key: checkpoint[key] for key in ("model", "model_args", "prune", "form",
                                                    "end_act", "attention")}, stage="merged")
-    network, outside = merged.cpu(), about
-    mean, std = (torch.tensor(about[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    network, outside, mean, std = merged.cpu(), about, 0, 1  # exports take images * std + mean
     if args.fold_normalization:
+        mean, std = (torch.tensor(about[key]).view(-1, 1, 1) for key in ("mean", "std"))
         normalize = nn.Conv2d(len(mean), len(mean), 1, groups=len(mean)).requires_grad_(False)
         normalize.weight.copy_(1 / std[:, None])
         normalize.bias.copy_((-mean / std).flatten())
         network = nn.Sequential(normalize, network).eval()
         outside = {**about, "mean": [0.0] * len(mean), "std": [1.0] * len(mean)}
-
-    def for_export(images):
-        return images * std + mean if args.fold_normalization else images
 
     some = [(images.cpu(), labels.cpu()) for images, labels in some]
     with contextlib.ExitStack() as stack:
@@ -144,13 +141,13 @@ def main():
                               for path in (args.out, args.out + "2", onnx))
         export(network, outside, pt2, onnx_file)
         program = torch.export.load(pt2).module()
-        check(f"{args.out}2 against merged", merged, lambda x: program(for_export(x)), some, 1e-4,
+        check(f"{args.out}2 against merged", merged, lambda x: program(x * std + mean), some, 1e-4,
               own)
         if onnx and importlib.util.find_spec("onnxruntime"):
             import onnxruntime
             session = onnxruntime.InferenceSession(onnx_file, providers=["CPUExecutionProvider"])
             check(f"{onnx} against merged", merged, lambda x: torch.from_numpy(
-                session.run(None, {"images": for_export(x).numpy()})[0]), some, 1e-4, own)
+                session.run(None, {"images": (x * std + mean).numpy()})[0]), some, 1e-4, own)
         elif onnx:
             print(f"{onnx} was not checked: pip install onnxruntime")
         save({**about, "state_dict": merged.state_dict()}, pt)
@@ -197,11 +194,9 @@ def main():
     if control:
         print("control: the baseline, trained for as long as this subnet")
     if args.json:
-        with replacing(args.json) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            json.dump({"model": about["model"], "prune": about["prune"], "device": where,
-                       "control": control,
-                       "input_size": about["input_size"], "torch": torch.__version__, "rows": rows},
-                      file, indent=1)
+        save_json({"model": about["model"], "prune": about["prune"], "device": where,
+                   "control": control, "input_size": about["input_size"],
+                   "torch": torch.__version__, "rows": rows}, args.json)
     print("\nwrote " + ", ".join(filter(None, (args.out, args.out + "2", onnx, args.json))))
 
 

@@ -1154,6 +1154,12 @@ def save_csv(rows, path):
             writer.writerows(rows)
 
 
+def save_json(content, path):
+    if processes()[0] == 0:
+        with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+
+
 def read_checkpoint(path, *stages):
     """The dict that one of `stages` saved: "supernet", "subnet", "merged" or "unfinished run" (none
     named: any)."""
