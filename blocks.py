@@ -897,8 +897,8 @@ def fit(model, prune, batches, in_turn=True, ridge=1e-2, pixels=8192, room=2**32
     each fit also corrects the errors of those before. The unpruned and the pruned network go
     through the blocks together, as two halves of each batch, and all batches wait at a block until
     it is solved: two forward passes, but the activations of all images are in memory, so that no
-    more are taken than fit in `room` bytes. Else on the unpruned network's inputs, and all rungs of
-    a block at once.
+    more are taken than fit in `room` bytes at the blocks (images and stem take about as much
+    again). Else on the unpruned network's inputs, and all rungs of a block at once.
 
     The normal equations are summed up in float64, over all processes, from at most `pixels` output
     pixels (or tokens) of a batch: theirs does not grow with the number of batches. `ridge`, a share
