@@ -193,8 +193,8 @@ def test_merged_network_is_a_plain_module(name, model_args):
 
 def test_every_timm_model_of_the_families(request, capsys):
     """With up to 30 M parameters: every other prunable block pruned, to its first rung and to a
-    random one, merged, the whole network compared. What is left out either has no such block or is named. Without --run-slow every
-    fortieth name and two more."""
+    random one, merged, the whole network compared. What is left out either has no such block or is
+    named. Without --run-slow every fortieth name and two more."""
     errors, refused = {}, []
     names = timm.list_models()
     if not request.config.getoption("--run-slow"):
@@ -234,7 +234,8 @@ def test_every_timm_model_of_the_families(request, capsys):
     with capsys.disabled():
         for family, of_family in errors.items():
             print(
-                f"\n{family}: {len(of_family)} timm models, worst error {max(of_family.values()):.1e}",
+                f"\n{family}: {len(of_family)} timm models,"
+                f" worst error {max(of_family.values()):.1e}",
                 end="",
             )
         print(*(f"\nrefused: {text.split(': use')[0]}" for text in refused), sep="")

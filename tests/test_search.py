@@ -111,7 +111,8 @@ def test_a_ladder_is_searched_completely():
 def test_a_block_that_breaks_the_network_is_left_alone():
     """A loss that is NaN counts as a large one, not as none."""
     def score(candidate):
-        return {**made_up(candidate), "loss": math.nan if candidate[0] else made_up(candidate)["loss"]}
+        made = made_up(candidate)
+        return {**made, "loss": math.nan if candidate[0] else made["loss"]}
 
     budget = search_script.make_budget("prune", 3, NAMES, WHOLE, WHOLE, SAVINGS)
     scores, exact = search_script.search(score, budget, 3, 2, 0)

@@ -310,7 +310,8 @@ files = {"about.json": ""}
 program = torch.export.load(sys.argv[1], extra_files=files).module()
 images, expected = torch.load(sys.argv[2], weights_only=True)
 for batch in (images, images[:1]):
-    torch.testing.assert_close(program(batch), expected[:len(batch)], rtol=0, atol=1e-4 * expected.std().item())
+    bound = 1e-4 * expected.std().item()
+    torch.testing.assert_close(program(batch), expected[: len(batch)], rtol=0, atol=bound)
 print(json.loads(files["about.json"])["model"])
 """
 
@@ -403,7 +404,8 @@ def test_compile_without_a_compiler(runs, pictures, monkeypatch, tmp_path):
         said = stage(monkeypatch, script, *flags, "--compile", "--out", tmp_path / "out.pt")
         assert (
             said
-            == "error: --compile does not work here: InvalidCxxCompiler: No working C++ compiler found"
+            == "error: --compile does not work here: InvalidCxxCompiler:"
+            " No working C++ compiler found"
         )
     assert os.listdir(tmp_path) == []
 
@@ -412,7 +414,8 @@ def test_compile_without_a_compiler(runs, pictures, monkeypatch, tmp_path):
 def test_plots(runs, monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     few = ["--supernet", runs / "supernet.pt", "--workers", 0]
-    flags = ["--macs", 0.8, 0.6, "--population", 6, "--generations", 2, "--out", tmp_path / "a.json"]
+    flags = ["--macs", 0.8, 0.6, "--population", 6, "--generations", 2]
+    flags += ["--out", tmp_path / "a.json"]
     assert stage(monkeypatch, "2_search.py", *few, *flags, "--plot") is None
     flags = ["--epochs", 1, "--subnet", tmp_path / "a-0.6.json", "--out", tmp_path / "b.pt"]
     assert stage(monkeypatch, "3_progressive.py", *few, *flags, "--control", "--plot") is None
@@ -427,7 +430,9 @@ def test_plots(runs, monkeypatch, tmp_path):
 def test_a_plot_needs_one_more_package(runs, monkeypatch, tmp_path):
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else find(name, *a)
+        importlib.util,
+        "find_spec",
+        lambda name, *a: None if name == "matplotlib" else find(name, *a),
     )
     for script in ("2_search.py", "3_progressive.py"):
         said = stage(monkeypatch, script, "--plot", "--out", tmp_path / "x.pt")
@@ -436,7 +441,8 @@ def test_a_plot_needs_one_more_package(runs, monkeypatch, tmp_path):
 
 def test_a_dry_run_needs_no_images(runs, monkeypatch, tmp_path, capsys):
     """It prints what the blocks cost and the ranges that budgets may be from, which are right."""
-    flags = ["--supernet", runs / "supernet.pt", "--data-dir", tmp_path, "--out", tmp_path / "x.json"]
+    flags = ["--supernet", runs / "supernet.pt", "--data-dir", tmp_path]
+    flags += ["--out", tmp_path / "x.json"]
     assert stage(monkeypatch, "2_search.py", *flags, "--dry-run") is None
     printed = capsys.readouterr().out
     model, checkpoint = load(runs / "supernet.pt")
@@ -823,7 +829,7 @@ def test_an_unfinished_file_does_not_replace_a_finished_one(tmp_path):
 
 
 # ---- bad input
-# -----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def write_images(root, classes, corrupt=False):

@@ -4,7 +4,8 @@ supernet's subnets, trained in several ways by stage 3.
     python tests/benchmarks/evidence.py --supernet runs/supernet.pt --out runs/evidence --seeds 0 \\
         1 2 --epochs 4 --lrs 3e-4 1e-3 3e-3 --transitions 0.25 0.5
     # only these
-    python tests/benchmarks/evidence.py --rows "reparam, progressive" "reparam, no soft labels" --thirds 2
+    python tests/benchmarks/evidence.py --rows "reparam, progressive" "reparam, no soft labels" \\
+        --thirds 2
 
 A third, two thirds and all of the prunable blocks, as stage 2 picks them, the same for all rows.
 --lrs: each form, and the control, has the best of them on a seed of its own, --tune-seed, with two

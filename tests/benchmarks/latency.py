@@ -51,8 +51,8 @@ def main():
     args = parser.parse_args()
     device = torch.device(args.device)
     print(
-        f"{args.subnets} random subnets each, {device.type}, {torch.get_num_threads()} threads, torch {torch.__version__};"
-        " share of the latency of the baseline with its BN folded"
+        f"{args.subnets} random subnets each, {device.type}, {torch.get_num_threads()} threads,"
+        f" torch {torch.__version__}; share of the latency of the baseline with its BN folded"
     )
     for name in args.models:
         for batch in args.batch_sizes:
@@ -87,7 +87,8 @@ def main():
                 timed += [t / seconds[0] for t in seconds[1:]]
             errors = [abs(p / t - 1) for p, t in zip(share, timed)]
             print(
-                f"{name:24} batch {batch:3}   baseline {predicted(()) * 1e3:7.1f} ms   shares {min(timed):.2f} to {max(timed):.2f}"
+                f"{name:24} batch {batch:3}   baseline {predicted(()) * 1e3:7.1f} ms"
+                f"   shares {min(timed):.2f} to {max(timed):.2f}"
                 f"   error: median {statistics.median(errors):.1%}, worst {max(errors):.1%}"
                 f"   rank correlation {spearman(share, timed):.3f}",
                 flush=True,

@@ -90,8 +90,9 @@ def search_quality(args, score, blocks, from_scratch, checkpoint):
         )  # the same bits in any order
         speeds.append(len(some) / (time.time() - started))
     print(
-        f"{len(space)} subnets within --{kind} {value:g}, {len(blocks)} blocks; subnets/s: all, sorted {speeds[0]:.2f}, at random"
-        f" {speeds[1]:.2f}; recalibrated and evaluated from scratch, images read again, {speeds[2]:.2f}"
+        f"{len(space)} subnets within --{kind} {value:g}, {len(blocks)} blocks; subnets/s: all,"
+        f" sorted {speeds[0]:.2f}, at random {speeds[1]:.2f}; recalibrated and evaluated from"
+        f" scratch, images read again, {speeds[2]:.2f}"
     )
     ranked = sorted(space, key=lambda c: (table[c]["loss"], price(c), c))
     alone = 1 + sum(size - 1 for size in budget[0])  # are scored before the first generation
@@ -114,12 +115,14 @@ def search_quality(args, score, blocks, from_scratch, checkpoint):
             min(map(ranked.index, rng.sample(space, len(scores)))) + 1 for _ in range(100)
         )
         print(
-            f"{seed:4}  {len(scores):6}   {rank:4} (best {rank / len(space):.2%})   {others:.1f} ({others / len(space):.2%})",
+            f"{seed:4}  {len(scores):6}   {rank:4} (best {rank / len(space):.2%})   {others:.1f}"
+            f" ({others / len(space):.2%})",
             flush=True,
         )
     best, worst = table[ranked[0]], table[ranked[-1]]
     print(
-        f"loss from {best['loss']:.4f} to {worst['loss']:.4f}, top-1 of those {best['top1']:.2f} and {worst['top1']:.2f} %"
+        f"loss from {best['loss']:.4f} to {worst['loss']:.4f}, top-1 of those {best['top1']:.2f}"
+        f" and {worst['top1']:.2f} %"
     )
 
 
@@ -164,9 +167,9 @@ def ranking(args, scores, blocks, checkpoint):
         )
     n, (trained, sizes, results) = len(rows), zip(*rows)
     print(
-        f"Kendall's tau with top-1 after {args.epochs} epochs of stage 3, {n} subnets: of the number of blocks kept"
-        f" {-kendall(sizes, trained):.2f} (standard deviation if there were no relation:"
-        f" {math.sqrt(2 * (2 * n + 5) / (9 * n * (n - 1))):.2f})"
+        f"Kendall's tau with top-1 after {args.epochs} epochs of stage 3, {n} subnets: of the"
+        f" number of blocks kept {-kendall(sizes, trained):.2f} (standard deviation if there"
+        f" were no relation: {math.sqrt(2 * (2 * n + 5) / (9 * n * (n - 1))):.2f})"
     )
     for name, column in zip(args.supernet, zip(*results)):
         print(

@@ -67,8 +67,9 @@ def main():
         else f"{torch.get_num_threads()} CPU threads"
     )
     print(
-        f"{where}, torch {torch.__version__}, {args.img_size} px{', compiled' if args.compile else ''}; speed-up over the"
-        " baseline / over the baseline with its BN folded"
+        f"{where}, torch {torch.__version__}, {args.img_size} px"
+        f"{', compiled' if args.compile else ''}; speed-up over the baseline / over the"
+        " baseline with its BN folded"
     )
     for name in args.models:
         rng = random.Random(args.seed)

@@ -160,8 +160,8 @@ def main():
         else f"CPU, {torch.get_num_threads()} threads"
     )
     print(
-        f"{ours.model} at {ours.img_size} px, {len(loader) * loader.loader.batch_size} images per epoch, batch"
-        f" {loader.loader.batch_size}, {machine}, torch {torch.__version__}"
+        f"{ours.model} at {ours.img_size} px, {len(loader) * loader.loader.batch_size} images per"
+        f" epoch, batch {loader.loader.batch_size}, {machine}, torch {torch.__version__}"
         + (", bfloat16" if ours.amp else "")
         + (", compiled" if ours.compile else "")
     )

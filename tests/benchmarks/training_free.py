@@ -30,7 +30,8 @@ def main():
     checkpoint = read_checkpoint(args.supernet, "supernet")
     blocks = list(prunable_blocks(build(checkpoint)))
     print(
-        f"{checkpoint['model']}, baseline top-1 {checkpoint['baseline']['top1']:.2f} %; top-1 without training"
+        f"{checkpoint['model']}, baseline top-1 {checkpoint['baseline']['top1']:.2f} %;"
+        " top-1 without training"
     )
     for third in (1, 2, 3):
         size = round(len(blocks) * third / 3)
@@ -69,9 +70,11 @@ def main():
                         stdout=subprocess.DEVNULL,
                     )
                     top1.append(read_checkpoint(path + ".pt")["subnet"]["top1"])
+            how = f"fitted on {images} images" if images != "0" else "only their skips left"
             print(
-                f"{size:3} of {len(blocks)} pruned, {'fitted on ' + images + ' images' if images != '0' else 'only their skips left'}:"
-                f" {' '.join(f'{value:.2f}' for value in top1)} %, mean {sum(top1) / len(top1):.2f} %;"
+                f"{size:3} of {len(blocks)} pruned, {how}:"
+                f" {' '.join(f'{value:.2f}' for value in top1)} %,"
+                f" mean {sum(top1) / len(top1):.2f} %;"
                 f" {(time.time() - seconds) / len(top1):.0f} s each, start and evaluation included",
                 flush=True,
             )
