@@ -422,8 +422,7 @@ def main():
     model.cpu()
     save({"stage": "supernet", "flags": vars(args), "model": args.model, "model_args": model_args,
           "data": data, "form": form, "end_act": end_act, "attention": args.attention,
-          "baseline": baseline,
-          "supernet": result, "state_dict": model.state_dict(),
+          "baseline": baseline, "supernet": result, "state_dict": model.state_dict(),
           "baseline_state_dict": baseline_weights}, args.out)
     finish(args.out)
     set_subnet(model, blocks)
