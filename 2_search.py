@@ -213,7 +213,7 @@ def latency_table(path, checkpoint, model, blocks, images):
                 print(f"latencies of the blocks: from {path}")
         for _ in range(0 if tables[0] else 3):
             tables = [{**about, **measure_blocks(model, blocks, images)}]
-            print(f"latencies of the blocks: measured; their sums differ from whole networks by"
+            print("latencies of the blocks: measured; their sums differ from whole networks by"
                   f" {tables[0]['error']:.1%} (median)")
             if tables[0]["error"] < 0.1:
                 save_json(tables[0], path)
@@ -568,7 +568,7 @@ def main():
             notes["timed_latency"] = dict(zip(("baseline", "merged"), seconds))
             print(f"latency: predicted {scores[best]['latency'] / whole['latency']:.3f} of the"
                   f" baseline's, the merged network itself {seconds[1] / seconds[0]:.3f}")
-            if seconds[1] > 1.03 * values[number] * seconds[0]:
+            if seconds[1] > 1.03 * values[number] * seconds[0]:  # not by noise alone
                 print(f"that is more than --latency {values[number]:g}: ask for less; or, if other"
                       " programs were running, delete latency.json and search again")
         save_subnet(best, paths[number], **notes)

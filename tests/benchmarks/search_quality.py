@@ -96,7 +96,7 @@ def search_quality(args, score, blocks, from_scratch, checkpoint):
     )
     ranked = sorted(space, key=lambda c: (table[c]["loss"], price(c), c))
     alone = 1 + sum(size - 1 for size in budget[0])  # are scored before the first generation
-    generations = int(args.share * len(space) - alone) // args.population
+    generations = max(1, int(args.share * len(space) - alone) // args.population)
     print("seed  scored   rank of the search's pick   rank of random search's pick (mean of 100)")
     for seed in range(args.seeds):
         silence, sys.stdout = sys.stdout, open(os.devnull, "w", encoding="utf-8")
