@@ -55,7 +55,10 @@ ROWS = {  # which blocks, and what is added to stage 3's flags
     "fitted, end activation": ("searched", ["--form", "fitted", "--end-act"]),
     "fitted, no end activation": ("searched", ["--form", "fitted", "--no-end-act"]),
 }
-parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+parser = argparse.ArgumentParser(
+    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    allow_abbrev=False,  # stage 3's --transition is not --transitions
+)
 parser.add_argument("--supernet", default="runs/supernet.pt")
 parser.add_argument("--out", default="runs/evidence", help="folder for all files")
 parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
