@@ -40,7 +40,10 @@ from blocks import (
 )
 
 stage2 = importlib.import_module("2_search")
-parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+parser = argparse.ArgumentParser(
+    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    allow_abbrev=False,  # stage 3's --seed is not --seeds
+)
 parser.add_argument(
     "--supernet",
     nargs="+",
