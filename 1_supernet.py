@@ -27,7 +27,6 @@ here.
 import argparse
 import copy
 import logging
-import math
 import os
 import random
 import shutil
@@ -39,20 +38,17 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from timm.data import Mixup
 from timm.layers import to_2tuple
-from timm.optim import create_optimizer_v2, list_optimizers
-from timm.scheduler import CosineLRScheduler
-from timm.utils import AverageMeter, ModelEmaV3, ParseKwargs, distribute_bn, random_seed
+from timm.utils import ParseKwargs, random_seed
 
-from blocks import (UserError, at_least, average, check_finite, compile_blocks, cost, create_model,
-                    evaluate, fingerprint, finish, fit, make_loader, make_prunable, merge,
-                    open_dataset, print_table, processes, progress_bar, prunable_blocks,
-                    recalibrate, run, save, save_csv, set_subnet, start)
+from blocks import (UserError, at_least, check_finite, cost, create_model, evaluate, fingerprint,
+                    finish, fit, label_loss, logits_of, make_loader, make_prunable, merge,
+                    open_dataset, print_table, progress_bar, prunable_blocks, rank_and_world,
+                    recalibrate, run, run_flags, save, set_subnet, start, train, training_flags)
 
 parser = argparse.ArgumentParser(description="Stage 1 of 4: trains a supernet.",
                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-flag, positive, share = parser.add_argument, at_least(0, float), at_least(0, float, 1)
+flag = parser.add_argument
 # model
 flag("--model", default="resnet18", help="a timm model: mobilenetv2_100, convnext_tiny.fb_in1k")
 flag("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="k=v",
@@ -65,9 +61,8 @@ flag("--attention", action="store_true", help="let attention be pruned, too, as 
 # images
 flag("--data-dir", metavar="DIR",
      help="folder with train/CLASS/* and val/CLASS/* (None: pictures drawn into data/shapes)")
-flag("--dataset", default="", help="a timm data set instead of a folder: torch/cifar10, hfds/...")
-flag("--dataset-download", action="store_true", help="let it download itself into --data-dir")
-flag("--num-classes", type=at_least(2), help="number of classes, where the data set cannot tell")
+flag("--dataset", default="", help="a timm data set instead of a folder: hfds/..., torch/cifar10"
+     " (torch/... downloads itself into --data-dir)")
 flag("--class-map", metavar="FILE",
      help="class folders in the order of the weights' classes, a name per line, of which the data"
           " may have some only; timm's imagenet_synsets.txt is found by its name")
@@ -77,26 +72,8 @@ flag("--baseline-epochs", type=at_least(0), help="of the baseline (None: 10, or 
 flag("--epochs", type=at_least(0), default=4, help="of the supernet: four passes per step")
 flag("--calibrate", type=at_least(0), default=4096, metavar="N",
      help="training images to fit the pruned forms on; 0: each starts as its skip alone")
-flag("--batch-size", type=at_least(2), default=64, help="images per step and process")
-flag("--lr", type=positive, default=1e-3, help="peak learning rate; falls to 0 by a cosine")
-flag("--supernet-lr", type=positive,
-     help="peak rate of the supernet (None: --lr; of the reparam form a fifth of it)")
-flag("--warmup", type=share, default=0.1, metavar="R", help="share of the steps before the peak")
-flag("--opt", default="adamw", choices=list_optimizers(), metavar="NAME", help="a timm optimiser")
-flag("--weight-decay", type=positive, default=0.05, help="not for norms and biases")
-flag("--clip-grad", type=positive, default=1.0, metavar="NORM", help="largest norm; inf: any")
-flag("--ema", type=share, metavar="DECAY", help="take a moving average of the weights: 0.9999")
-flag("--mixup", type=positive, default=0.0, metavar="ALPHA", help="mixup, e.g. 0.8")
-flag("--cutmix", type=positive, default=0.0, metavar="ALPHA", help="cutmix, e.g. 1.0")
-flag("--smoothing", type=share, default=0.0, help="label smoothing, e.g. 0.1")
-flag("--aa", metavar="POLICY", help="augmentation in timm's notation: rand-m9-mstd0.5-inc1")
-flag("--reprob", type=share, default=0.0, help="probability of random erasing, e.g. 0.25")
-flag("--amp", action="store_true", help="mixed precision (bfloat16)")
-flag("--compile", action="store_true", help="torch.compile each block: slow to start, faster later")
-flag("--seed", type=at_least(0), default=0, help="of all random numbers")
-flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
-flag("--workers", type=at_least(0), default=min(2, torch.get_num_threads()), help="to load images")
-flag("--resume", action="store_true", help="go on from OUT.last, if it is there, with its flags")
+training_flags(parser, warmup=0.1)
+run_flags(parser)
 flag("--out", default="runs/supernet.pt", metavar="FILE", help="the supernet's checkpoint")
 
 
@@ -188,15 +165,16 @@ def describe_images(args):
     if shapes:
         draw_shapes(data_dir)
     data = {"dataset": args.dataset, "data_dir": os.path.abspath(data_dir),
-            "download": args.dataset_download, "seed": args.seed, "classes": names}
+            "seed": args.seed, "classes": names}
     train, val = open_dataset(data, "train"), open_dataset(data, "val")
     source = getattr(train, "reader", train)  # torchvision's ImageNet has several names for a class
     numbers = getattr(source, "wnid_to_idx", None) or getattr(source, "class_to_idx", {})
-    classes = sorted(numbers, key=numbers.get) or [str(i) for i in range(args.num_classes or 0)]
+    told = args.model_kwargs.get("num_classes", 0)
+    classes = sorted(numbers, key=numbers.get) or [str(i) for i in range(told)]
     if not classes:
-        raise UserError("this data set does not tell its classes: give --num-classes")
-    if args.num_classes not in (None, len(classes)):
-        raise UserError(f"--num-classes {args.num_classes}, but there are {len(classes)} classes")
+        raise UserError("this data set does not tell its classes: give --model-kwargs num_classes=")
+    if told not in (0, len(classes)):
+        raise UserError(f"num_classes={told}, but there are {len(classes)} classes")
     if len(classes) == 1:
         raise UserError(f"one class only ({classes[0]}): at least two are needed")
     if not args.dataset and (unknown := set(val.reader.class_to_idx) - set(classes)):
@@ -250,101 +228,37 @@ def make_baseline(args, data):
     return model, model_args, fits or bool(args.checkpoint)
 
 
-def train(model, blocks, loader, epochs, peak, args, report, keep, state, teacher=None):
-    """Trains `model`: the baseline alone if `blocks` is empty, else all subnets by the sandwich
-    rule. Returns the trained model and what report(model) measures, as after every epoch.
+def sandwich(model, blocks, loader, epochs, args, teacher=None):
+    """A step of `train` by the sandwich rule: the largest subnet on the labels, then the smallest
+    and two random ones on its output as soft labels. Without `blocks` it is the baseline's, alone.
+    teacher: gives the soft labels instead; then the largest learns from them, too."""
+    rng = random.Random()
 
-    epochs: a range, counted through the stage. peak: the highest rate. keep(row, **state) logs the
-    epoch, and saves what `state` goes on from. teacher: gives the soft labels instead of the
-    largest subnet, which then learns from them, too."""
-    if not epochs:
-        return model, report(model)
-    device, (rank, world), steps = loader.device, processes(), len(epochs) * len(loader)
-    fused = {"fused": True} if args.opt in ("adam", "adamw", "sgd") else {}  # faster, also on a CPU
-    optimizer = create_optimizer_v2(model, args.opt, peak, args.weight_decay, **fused)
-    warmup = round(args.warmup * steps)
-    scheduler = CosineLRScheduler(
-        optimizer, max(1, steps - warmup), warmup_t=warmup, warmup_lr_init=peak / 10,
-        warmup_prefix=True, t_in_epochs=False)
-    mixup = None
-    if args.mixup or args.cutmix:
-        if loader.loader.batch_size % 2:
-            raise UserError("--mixup and --cutmix need an even --batch-size")
-        mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing,
-                      num_classes=model.num_classes)
-    smoothing = 0 if mixup else args.smoothing
-    ema = ModelEmaV3(model, args.ema, use_warmup=True) if args.ema else None
-    best = ema.module if ema else model  # the one that counts
-    parts, first, result = [model, best, optimizer], epochs.start, None
-    if args.compile:
-        compile_blocks(model)
-    if state:
-        first, result = state["epoch"], state["result"]
-        for part, saved in zip(parts, state["parts"]):
-            part.load_state_dict(saved)
-    for epoch in range(first, epochs.stop):
-        random_seed(1000 * args.seed + epoch, rank)  # nothing depends on what came before
-        rng = random.Random(f"{args.seed}/{epoch}")
-        loader.sampler.set_epoch(epoch)
-        losses, started, done = AverageMeter(), time.time(), (epoch - epochs.start) * len(loader)
-        name = f"{'supernet' if blocks else 'baseline'} {epoch - epochs.start + 1}/{len(epochs)}"
-        bar = progress_bar(loader, name, epochs.stop - epoch if epoch == first else 0)
-        model.train()
-        for step, (images, labels) in enumerate(bar, done):
-            set_subnet(model, [])
-            scheduler.step_update(step)
-            images, labels = mixup(images, labels) if mixup else (images, labels)
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                logits = model(images)
-                loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
-                soft = logits.detach()
-                if teacher:
-                    with torch.no_grad():
-                        soft = teacher(images)
-                    loss = (loss + F.cross_entropy(logits, soft.float().softmax(-1))) / 2
-            loss.backward()
-            soft, subnets = soft.float().softmax(-1), [blocks] if blocks else []
-            for _ in range(2 if len(blocks) > 1 else 0):
-                subnets.append(rng.sample(blocks, rng.randint(1, len(blocks) - 1)))
-            for prune in subnets:
-                set_subnet(model, prune)
-                with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                    distance = F.cross_entropy(model(images), soft)
-                distance.backward()
-            average([weight.grad for weight in model.parameters() if weight.grad is not None])
-            torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
-            optimizer.step()
-            optimizer.zero_grad()
-            if ema:
-                ema.update(model, step)
-            losses.update(loss.item())
-            lr = optimizer.param_groups[0]["lr"]
-            if not math.isfinite(losses.val):
-                raise UserError(f"the loss is {losses.val} at step {step + 1}, lr {lr:g}. Try a"
-                                " lower --lr; --resume takes the epoch before")
-            bar.set_postfix(loss=f"{losses.avg:.3f}", refresh=False)
-        mean_loss = torch.tensor(losses.avg, dtype=torch.float64, device=device)
-        average([mean_loss])
-        speed = losses.count * loader.loader.batch_size * world / (time.time() - started)
-        if world > 1:  # each process has BN statistics of its own images
-            distribute_bn(model, world, reduce=True)
-            distribute_bn(best, world, reduce=True)
-        check_finite(model, name, ". Try a lower --lr; --resume takes the epoch before")
-        result = report(best)
-        keep({"phase": name.split()[0], "epoch": epoch - epochs.start + 1, "lr": lr,
-              "train_loss": mean_loss.item(), "val_top1": result["top1"],
-              "val_top1_smallest": result.get("top1_smallest"), "images_per_s": round(speed, 1)},
-             epoch=epoch + 1, result=result, parts=[part.state_dict() for part in parts])
-        smallest = f", smallest {result['top1_smallest']:.2f} %" if blocks else ""
-        print(f"{name}  lr {lr:.2e}  loss {mean_loss:.3f}  top-1 {result['top1']:.2f} %{smallest}"
-              f"  {speed:.0f} img/s")
-    return best, result
+    def step(images, labels, number):
+        if number % len(loader) == 0:  # each epoch, so that a killed run goes on alike
+            rng.seed(f"{args.seed}/{epochs[number // len(loader)]}")
+        set_subnet(model, [])
+        logits = logits_of(model, images, args.amp)
+        loss, soft = label_loss(logits, labels, args.smoothing), logits.detach().softmax(-1)
+        if teacher:
+            with torch.no_grad():
+                soft = logits_of(teacher, images, args.amp).softmax(-1)
+            loss = (loss + F.cross_entropy(logits, soft)) / 2
+        loss.backward()
+        subnets = [blocks] if blocks else []
+        for _ in range(2 if len(blocks) > 1 else 0):
+            subnets.append(rng.sample(blocks, rng.randint(1, len(blocks) - 1)))
+        for prune in subnets:
+            set_subnet(model, prune)
+            F.cross_entropy(logits_of(model, images, args.amp), soft).backward()
+        return loss, {}
+    return step
 
 
 def main():
     args, device, state = start(parser, "checkpoint", "class_map")
     random_seed(args.seed)
-    rank, world = processes()
+    rank, world = rank_and_world()
     if rank > 0:  # the first process draws or downloads what is not there yet
         dist.barrier()
     data = describe_images(args)
@@ -362,12 +276,6 @@ def main():
                 pass
     log, baseline, baseline_weights = state["log"] if state else [], None, None
 
-    def keep(row, **more):
-        log.append(row)
-        save_csv(log, os.path.splitext(args.out)[0] + ".csv")
-        save({"stage": "unfinished run", "flags": vars(args), "log": log, "baseline": baseline,
-              "baseline_state_dict": baseline_weights, **more}, args.out + ".last")
-
     # Baseline
     epochs = args.baseline_epochs if args.baseline_epochs is not None else 0 if trained else 10
     print(f"{args.model}, {len(data['classes'])} classes, {data['train_images']} training images,"
@@ -378,32 +286,32 @@ def main():
         baseline, baseline_weights = state["baseline"], state["baseline_state_dict"]
         model.load_state_dict(baseline_weights)
     else:
-        model, result = train(model, [], loader, range(epochs), args.lr, args,
-                              lambda model: evaluate(model, val, split=True), keep, state)
+        step = sandwich(model, [], loader, range(epochs), args)
+        model, result = train(model, step, lambda network: evaluate(network, val, split=True),
+                              loader, args, "baseline", range(epochs), args.lr, log, state=state,
+                              baseline=None)
         baseline, state = {**cost(model, data["input_size"]), **result}, None
         baseline_weights = {key: value.cpu().clone() for key, value in model.state_dict().items()}
 
-    # Supernet. The paper's form has to be trained; without, the search scores the fitted one. End
-    # activations are harmful to that
+    # Supernet. The paper's form has to be trained; without, the search scores the fitted one
     random_seed(args.seed)  # in all processes, and resumed or not, what is not fitted starts alike
     form = args.form if args.epochs else "fitted"
-    end_act = None if form == "reparam" else False
     teacher = copy.deepcopy(model).eval() if form == "reparam" else None
-    blocks = make_prunable(model, form, end_act, args.attention)
-    fitted = [name for name, block in prunable_blocks(model).items() if block.pruned]
+    blocks = make_prunable(model, form, None, args.attention)
+    fitted = [name for name, block in prunable_blocks(model).items() if block.rung in block.fitted]
     if form == "reparam" and fitted:
         print(f"fitted, as their own layers cannot be merged: {' '.join(fitted)}")
     if args.calibrate and not state:
         started = time.time()
-        few = make_loader(data, "train", args.batch_size, device, args.workers,
-                          limit=args.calibrate, split=True)
-        fit(model, blocks, (images for images, _ in few), in_turn=False)
+        batches = make_loader(data, "train", args.batch_size, device, args.workers,
+                              limit=args.calibrate, split=True)
+        fit(model, blocks, (images for images, _ in batches), in_turn=False)
         what = "blocks" if form == "fitted" else "blocks' lower rungs"
-        print(f"fitted {len(blocks)} {what} on {len(few.dataset) * world} training images in"
+        print(f"fitted {len(blocks)} {what} on {len(batches.dataset) * world} training images in"
               f" {time.time() - started:.1f} s")
-    few = make_loader(data, "train", args.batch_size, device, limit=1024)
+    batches = make_loader(data, "train", args.batch_size, device, limit=1024)
     # Of an untrained supernet all statistics are the baseline's and the fit's own: they are right
-    calibration = [images for images, _ in few] if args.epochs or not args.calibrate else []
+    calibration = [images for images, _ in batches] if args.epochs or not args.calibrate else []
 
     def report(model):  # each subnet with BN statistics of its own; the largest's stay
         top1 = []
@@ -416,12 +324,13 @@ def main():
 
     # In the paper's form both forms of a block share their weights: they must not move far
     peak = args.lr / 5 if form == "reparam" else args.lr
-    peak = peak if args.supernet_lr is None else args.supernet_lr
-    model, result = train(model, blocks, loader, range(epochs, epochs + args.epochs), peak, args,
-                          report, keep, state, teacher)
+    epochs = range(epochs, epochs + args.epochs)
+    step = sandwich(model, blocks, loader, epochs, args, teacher)
+    model, result = train(model, step, report, loader, args, "supernet", epochs, peak, log,
+                          state=state, baseline=baseline, baseline_state_dict=baseline_weights)
     model.cpu()
     save({"stage": "supernet", "flags": vars(args), "model": args.model, "model_args": model_args,
-          "data": data, "form": form, "end_act": end_act, "attention": args.attention,
+          "data": data, "form": form, "end_act": None, "attention": args.attention,
           "baseline": baseline, "supernet": result, "state_dict": model.state_dict(),
           "baseline_state_dict": baseline_weights}, args.out)
     finish(args.out)

@@ -42,10 +42,10 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from blocks import (UserError, at_least, build, cost, evaluate, finish, latencies,
-                    make_loader, merge, print_table, processes, progress_bar, prunable_blocks,
-                    read_checkpoint, read_subnet, recalibrate, replacing, run, save, save_csv,
-                    save_json, set_subnet, start)
+from blocks import (UserError, at_least, atomic_write, build, cost, evaluate, finish, latencies,
+                    make_loader, merge, outermost, print_table, progress_bar, prunable_blocks,
+                    rank_and_world, read_checkpoint, read_subnet, recalibrate, run, run_flags, save,
+                    set_subnet, start)
 
 parser = argparse.ArgumentParser(description="Stage 2 of 4: searches for the blocks to prune.",
                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -68,10 +68,7 @@ flag("--generations", type=at_least(1), default=6, help="generations")
 flag("--calibrate", type=at_least(2), default=512, metavar="N", help="images for BN statistics")
 flag("--images", type=at_least(1), default=2000, metavar="N", help="held-out images to score on")
 flag("--batch-size", type=at_least(2), default=128, help="images per forward pass")
-flag("--seed", type=at_least(0), default=0, help="of the search")
-flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
-flag("--workers", type=at_least(0), default=min(2, torch.get_num_threads()), help="to load images")
-flag("--resume", action="store_true", help="go on from OUT.last, if it is there, with its flags")
+run_flags(parser)
 flag("--plot", action="store_true", help="draw the search, too (pip install matplotlib)")
 flag("--out", default="runs/subnet.json", metavar="FILE", help="the subnet spec")
 
@@ -81,18 +78,18 @@ flag("--out", default="runs/subnet.json", metavar="FILE", help="the subnet spec"
 # A candidate is a tuple with a gene for each block, in running order: 0 where it stays, else the
 # number of its rung, from 1. `blocks` is {module path: names of its rungs}.
 
-def named(candidate, blocks):
+def to_prune(candidate, blocks):
     """The candidate as set_subnet takes it: {module path: name of its rung}."""
     return {name: rungs[gene - 1] for gene, (name, rungs) in zip(candidate, blocks.items()) if gene}
 
 
 def prune_entry(candidate, blocks):
     """The same as it stands in a subnet.json: a list where all are of their first rung."""
-    prune = named(candidate, blocks)
+    prune = to_prune(candidate, blocks)
     return prune if max(candidate) > 1 else list(prune)
 
 
-def genes(prune, blocks):
+def to_candidate(prune, blocks):
     """The candidate of a list of module paths, or a dict from them to rungs."""
     rungs = prune if isinstance(prune, dict) else {}
     return tuple(0 if name not in prune else 1 + of_block.index(rungs.get(name, of_block[0]))
@@ -108,7 +105,7 @@ def block_savings(model, blocks, input_size):
         return cost(merge(nn.Sequential(part)), size)
 
     model.to("meta").eval()
-    whole, savings, sizes = merged_cost([], model, input_size), {}, {}
+    unpruned, savings, sizes = merged_cost([], model, input_size), {}, {}
     modules = prunable_blocks(model)
     hooks = [module.register_forward_pre_hook(
         lambda _, x, name=name: sizes.update({name: x[0].shape[1:]}))
@@ -118,11 +115,11 @@ def block_savings(model, blocks, input_size):
         hook.remove()
     for name, rungs in progress_bar(blocks.items(), "costs", unit="block"):
         # An attention's cost is in the block around it, whose norm it takes along
-        outer = min((other for other in modules if f"{name}.".startswith(f"{other}.")), key=len)
+        outer = outermost(name, modules)
         costs = [merged_cost(prune, modules[outer], sizes[outer])
                  for prune in ([], *({name: rung} for rung in rungs))]
         savings[name] = [{key: costs[0][key] - one[key] for key in one} for one in costs]
-    return whole, savings
+    return unpruned, savings
 
 
 def merged_on(model, prune, device):
@@ -155,7 +152,7 @@ def measure_blocks(model, blocks, images, count=16, rounds=9):
         subnets += [tuple((a + step) % n for a, n in zip(first, forms))
                     for step in range(max(forms))]
         first = [rng.randrange(n) for n in forms]
-    networks = [merged_on(model, named(subnet, blocks), images.device) for subnet in subnets]
+    networks = [merged_on(model, to_prune(subnet, blocks), images.device) for subnet in subnets]
     totals = latencies(networks, images, rounds)[:, 1]
     spans = {name: [] for name in blocks}  # start and end of every run
     for network, name in itertools.product(networks, blocks):
@@ -201,60 +198,61 @@ def latency_table(path, checkpoint, model, blocks, images):
     with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:
         if name in ("", platform.machine()):  # all that many a Linux knows
             name = next(line.split(": ")[1] for line in file if line.startswith("model name"))
-    about = {"model": checkpoint["model"], "model_args": checkpoint["model_args"], "blocks": blocks,
-             "input": list(images.shape), "torch": torch.__version__, "device": name,
-             "threads": torch.get_num_threads()}
-    if processes()[0] == 0:
+    key = {"model": checkpoint["model"], "model_args": checkpoint["model_args"], "blocks": blocks,
+           "input": list(images.shape), "torch": torch.__version__, "device": name,
+           "threads": torch.get_num_threads()}
+    if rank_and_world()[0] == 0:
         with contextlib.suppress(OSError, ValueError, AttributeError), open(path) as file:
             table = json.load(file)
             if {"baseline", "savings", "error"} <= table.keys() \
-                    and json.loads(json.dumps(about)).items() <= table.items():
+                    and json.loads(json.dumps(key)).items() <= table.items():
                 tables = [table]
                 print(f"latencies of the blocks: from {path}")
         for _ in range(0 if tables[0] else 3):
-            tables = [{**about, **measure_blocks(model, blocks, images)}]
+            tables = [{**key, **measure_blocks(model, blocks, images)}]
             print("latencies of the blocks: measured; their sums differ from whole networks by"
                   f" {tables[0]['error']:.1%} (median)")
             if tables[0]["error"] < 0.1:
-                save_json(tables[0], path)
+                save(tables[0], path)
                 break
         if tables[0]["error"] >= 0.1:
             print("this machine is too busy to time networks: these latencies are not kept, and a"
                   " budget of --latency may not hold")
-    if processes()[1] > 1:
+    if rank_and_world()[1] > 1:
         dist.broadcast_object_list(tables)
     return tables[0]
 
 
-def reachable(kind, blocks, baseline, whole, savings):
+def reachable(kind, blocks, baseline, unpruned, savings):
     """The smallest and the largest share of the baseline's cost, rounded up: it can be met."""
     rows = [[one[kind] for one in savings[name]] for name in blocks]
-    return [math.ceil(1e4 * (whole[kind] - sum(map(end, rows))) / baseline[kind]) / 1e4
+    return [math.ceil(1e4 * (unpruned[kind] - sum(map(end, rows))) / baseline[kind]) / 1e4
             for end in (max, min)]
 
 
-def print_blocks(blocks, baseline, whole, savings):
+def print_blocks(blocks, baseline, unpruned, savings):
     """What each rung of each block costs, and the range of every budget."""
-    rows = [("baseline, BN folded", "", *(f"{whole[kind] / baseline[kind]:.4f}" for kind in whole))]
+    rows = [("baseline, BN folded", "",
+             *(f"{unpruned[kind] / baseline[kind]:.4f}" for kind in unpruned))]
     for name, rungs in blocks.items():
         rows += [(name if rung == rungs[0] else "", rung,
-                  *(f"{one[kind] / baseline[kind]:.4f}" for kind in whole))
+                  *(f"{one[kind] / baseline[kind]:.4f}" for kind in unpruned))
                  for rung, one in zip(rungs, savings[name][1:])]
     print("shares of the baseline's costs, and what each rung saves of them (below 0: it adds)")
-    print_table(("block", "rung", *whole), rows)
-    ranges = {kind: reachable(kind, blocks, baseline, whole, savings) for kind in whole}
+    print_table(("block", "rung", *unpruned), rows)
+    ranges = {kind: reachable(kind, blocks, baseline, unpruned, savings) for kind in unpruned}
     print(f"budgets that can be met: --prune 1 to {len(blocks)}", *(
         f"--{kind} {low:.4f} to {high:.4f}" for kind, (low, high) in ranges.items()), sep=", ")
 
 
 # ---- which subnets keep to a budget --------------------------------------------------------------
 
-def make_budget(kind, value, blocks, baseline, whole, savings):
+def make_budget(kind, value, blocks, baseline, unpruned, savings):
     """(sizes, fits, repair, every) for one budget. sizes: how many values each gene has;
-    fits(candidate) says whether a candidate keeps to the budget; repair(candidate, rng, harm) makes
-    it, by random steps on the ladders, rather where harm[block][gene], a loss, grows little;
-    every() yields all that do. None has to give up: a budget that nothing can meet is an error,
-    with the range that can be reached."""
+    fits(candidate) says whether a candidate keeps to the budget; repair(candidate, rng, loss_alone)
+    changes one until it does, by random steps on the ladders, most likely where
+    loss_alone[block][gene] grows least; every() yields all that keep to it. UserError where none
+    can, with the range that can be reached: so `repair` always finds one."""
     # Every budget asks for savings from `low` to `high`; pruning a block may also save less than 0
     if kind == "prune":  # as in the paper: of their first rung
         table, low, high = [[0, 1] for _ in blocks], value, value
@@ -262,7 +260,7 @@ def make_budget(kind, value, blocks, baseline, whole, savings):
             raise UserError(f"--prune {value}: this model has 1 to {len(blocks)} blocks to prune")
     else:
         table = [[one[kind] for one in savings[name]] for name in blocks]
-        low, high = whole[kind] - value * baseline[kind], math.inf
+        low, high = unpruned[kind] - value * baseline[kind], math.inf
 
     def saved(candidate):
         return sum(row[gene] for row, gene in zip(table, candidate))
@@ -271,20 +269,20 @@ def make_budget(kind, value, blocks, baseline, whole, savings):
         return low <= saved(candidate) <= high
 
     if sum(map(max, table)) < low:
-        least, most = reachable(kind, blocks, baseline, whole, savings)
+        least, most = reachable(kind, blocks, baseline, unpruned, savings)
         raise UserError(f"--{kind} {value:g}: merged subnets have {least:.4f} to {most:.4f} of the"
                         f" baseline's {kind}")
 
-    def repair(candidate, rng, harm):
+    def repair(candidate, rng, loss_alone):
         candidate = list(candidate)
         while not fits(candidate):
-            more, steps = saved(candidate) < low, []
+            too_little, steps = saved(candidate) < low, []
             for i, (row, gene) in enumerate(zip(table, candidate)):
                 for other in range(len(row)):
                     step = abs(row[other] - row[gene])
-                    if row[other] > row[gene] if more else row[other] < row[gene]:
-                        loss = max(abs(harm[i][other] - harm[i][gene]), 1e-3)
-                        odds = step / loss if more else loss / step
+                    if row[other] > row[gene] if too_little else row[other] < row[gene]:
+                        loss = max(abs(loss_alone[i][other] - loss_alone[i][gene]), 1e-3)
+                        odds = step / loss if too_little else loss / step
                         steps.append((rng.expovariate(1) / odds ** 2, i, other))
             _, i, gene = min(steps)  # a random one, with chances in proportion to odds squared
             candidate[i] = gene
@@ -302,24 +300,25 @@ def make_budget(kind, value, blocks, baseline, whole, savings):
 
 # ---- scores --------------------------------------------------------------------------------------
 
-def make_score(model, blocks, calibration, held_out, room=2**31):
+def make_score(model, blocks, calibration, held_out, max_bytes=2**31):
     """score(candidate) -> {"loss", "top1"} on `held_out`, a list of (images, labels), with BN
     statistics of `calibration`, a list of images.
 
-    The first blocks that are as in the candidate before do not run again: their outputs are kept,
-    if they fit in `room` bytes. It gives the same bits, faster where candidates come sorted."""
+    Blocks do not run again as long as all up to them are pruned as in the candidate before: their
+    outputs are kept, if they fit in `max_bytes`. The scores are the same bits, and come faster if
+    candidates are sorted."""
     modules = prunable_blocks(model)
     kept, before, same, batch = {}, None, 0, 0  # kept: {(block, number of the batch): its output}
 
     def remember(i, forward, x, **kwargs):
-        nonlocal kept, room
+        nonlocal kept, max_bytes
         if i < same:
             return kept[i, batch]
         y = forward(x, **kwargs)
         if kept is not None:
-            room -= y.nbytes if (i, batch) not in kept else 0
+            max_bytes -= y.nbytes if (i, batch) not in kept else 0
             kept[i, batch] = y
-            kept = kept if room >= 0 else None
+            kept = kept if max_bytes >= 0 else None
         return y
 
     def numbered(batches, start):
@@ -336,7 +335,7 @@ def make_score(model, blocks, calibration, held_out, room=2**31):
         if kept is not None and before is not None:
             same = next((i for i in range(len(blocks)) if candidate[i] != before[i]), len(blocks))
         before = candidate
-        set_subnet(model, named(candidate, blocks))
+        set_subnet(model, to_prune(candidate, blocks))
         if calibration:
             still = {norm for module in list(modules.values())[:same] for norm in module.modules()}
             recalibrate(model, numbered(calibration, 0), set(model.modules()) - still)
@@ -347,7 +346,7 @@ def make_score(model, blocks, calibration, held_out, room=2**31):
 def share_out(work, items, name, rounds=0):
     """[work(item) for item in items]; under torchrun each process does a part, and gets all.
     rounds: how often as many are to come, for an estimate of the time."""
-    rank, world = processes()
+    rank, world = rank_and_world()
     mine = items[len(items) * rank // world:len(items) * (rank + 1) // world]
     mine = [work(item) for item in progress_bar(mine, name, rounds, unit="subnet")]
     parts = [mine] * world
@@ -356,24 +355,24 @@ def share_out(work, items, name, rounds=0):
     return list(itertools.chain(*parts))
 
 
-def ranked(scores, price="macs"):
+def ranked(scores, cost_key="macs"):
     """The candidates of `scores`, the best first: by loss, then by cost. NaN is the worst loss."""
     def key(candidate):
         loss = scores[candidate]["loss"]
-        return math.inf if math.isnan(loss) else loss, scores[candidate][price], candidate
+        return math.inf if math.isnan(loss) else loss, scores[candidate][cost_key], candidate
     return sorted(scores, key=key)
 
 
-def pareto(scores, price):
+def pareto(scores, cost_key):
     """The candidates that no other one beats in both cost and loss, the best first."""
     front = []
-    for candidate in ranked(scores, price):
-        if not front or scores[candidate][price] < scores[front[-1]][price]:
+    for candidate in ranked(scores, cost_key):
+        if not front or scores[candidate][cost_key] < scores[front[-1]][cost_key]:
             front.append(candidate)
     return front
 
 
-def search(score, budget, population, generations, seed, price="macs", scores=None, first=0,
+def search(score, budget, population, generations, seed, cost_key="macs", scores=None, first=0,
            keep=lambda *_: None):
     """Genetic search for the candidate within `budget` with the lowest loss; exhaustive where no
     more subnets fit than population x generations. Returns {candidate: score(candidate)} of all
@@ -391,19 +390,20 @@ def search(score, budget, population, generations, seed, price="macs", scores=No
     else:  # first, what each gene does by itself: it tells what to prune where more has to go
         alone = [tuple(gene if j == i else 0 for j in range(len(sizes)))
                  for i, size in enumerate(sizes) for gene in range(size)]
-        some = [candidate for candidate in dict.fromkeys(alone) if candidate not in scores]
-        for candidate, result in zip(some, share_out(score, some, "one by one", 1)):
+        fresh = [candidate for candidate in dict.fromkeys(alone) if candidate not in scores]
+        for candidate, result in zip(fresh, share_out(score, fresh, "one by one", 1)):
             scores[candidate] = {**result, "generation": 0}
         losses = (scores[candidate]["loss"] for candidate in alone)
-        harm = [[min(1e9, next(losses)) for _ in range(size)] for size in sizes]  # NaN is 1e9, too
-        if some:  # else they are in `scores`, maybe with later ones: that state must stay
+        # NaN becomes 1e9, too
+        loss_alone = [[min(1e9, next(losses)) for _ in range(size)] for size in sizes]
+        if fresh:  # else they are in `scores`, maybe with later ones: that state must stay
             keep(0, scores)
     for generation in range(first, generations):
         rng, started, fresh = random.Random(f"{seed}/{generation}"), time.time(), set()
-        parents = list(filter(fits, ranked(scores, price)))[:max(2, population // 4)]
+        parents = list(filter(fits, ranked(scores, cost_key)))[:max(2, population // 4)]
         if exact:
-            some = everything[population * generation:population * (generation + 1)]
-            fresh.update(candidate for candidate in some if candidate not in scores)
+            part = everything[population * generation:population * (generation + 1)]
+            fresh.update(candidate for candidate in part if candidate not in scores)
         for _ in range(0 if exact else 20 * population):  # few are new where the space is small
             if len(fresh) == population:
                 break
@@ -413,7 +413,7 @@ def search(score, budget, population, generations, seed, price="macs", scores=No
                 for i, size in enumerate(sizes):
                     if rng.random() < 1 / len(sizes):  # mutation
                         child[i] = (child[i] + rng.randrange(1, size)) % size
-            child = repair(child, rng, harm)
+            child = repair(child, rng, loss_alone)
             if child not in scores:
                 fresh.add(child)
         # Sorted, those with the same first blocks are neighbours
@@ -422,26 +422,27 @@ def search(score, budget, population, generations, seed, price="macs", scores=No
         for child, result in zip(fresh, share_out(score, fresh, name, rounds)):
             scores[child] = {**result, "generation": generation + 1}
         keep(generation + 1, scores)
-        best = scores[next(filter(fits, ranked(scores, price)))]
+        best = scores[next(filter(fits, ranked(scores, cost_key)))]
         speed = len(fresh) / (time.time() - started)
         print(f"{name}  scored {len(scores)}  best loss {best['loss']:.4f}  top-1"
               f" {best['top1']:.2f} %  {speed:.2f} subnets/s")
     return scores, exact
 
 
-def plot(scores, front, picks, whole, price, blocks, path):
+def plot(scores, front, picks, unpruned, cost_key, blocks, path):
     """Draws the loss of all subnets scored against their cost, and the blocks of the front's."""
     from matplotlib.figure import Figure
     figure = Figure((12, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
 
-    def points(some):
-        return [scores[c][price] / whole[price] for c in some], [scores[c]["loss"] for c in some]
+    def points(candidates):
+        return zip(*((scores[c][cost_key] / unpruned[cost_key], scores[c]["loss"])
+                     for c in candidates))
 
     left.plot(*points(scores), ".", color="silver", label="scored")
     left.plot(*points(front), "o-", label="best trade-offs")
     left.plot(*points(picks), "*", markersize=15, label="picked")
-    left.set(xlabel=f"{price}, share of the baseline's", ylabel="held-out loss", yscale="log")
+    left.set(xlabel=f"{cost_key}, share of the baseline's", ylabel="held-out loss", yscale="log")
     left.yaxis.set_major_formatter("{x:g}")
     left.yaxis.set_minor_formatter("{x:g}")
     left.grid(alpha=0.3, which="both")
@@ -450,10 +451,10 @@ def plot(scores, front, picks, whole, price, blocks, path):
         x = [(i, j) for j, c in enumerate(front) for i, gene in enumerate(c) if gene == rung]
         right.scatter(*(zip(*x) if x else ((), ())), marker="s", label=f"rung {rung}")
     right.set_xticks(range(len(blocks)), blocks, rotation=90)
-    right.set_yticks(range(len(front)), [f"{x:.2f}" for x in points(front)[0]])
-    right.set(xlabel="block", ylabel=f"best trade-offs, by their {price}", xlim=(-1, len(blocks)))
+    right.set_yticks(range(len(front)), [f"{x:.2f}" for x in next(points(front))])
+    right.set(xlabel="block", ylabel=f"best trade-offs, by {cost_key}", xlim=(-1, len(blocks)))
     right.legend()
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=150)
 
 
@@ -469,47 +470,47 @@ def main():
     args, device, state = start(parser, "supernet", read=read_subnet,
                                 last_output=lambda args: outputs(args)[-1])
     kind, paths, root = kind(args), outputs(args), os.path.splitext(args.out)[0]
-    price = "macs" if kind == "prune" else kind
+    cost_key = "macs" if kind == "prune" else kind
     checkpoint = read_checkpoint(args.supernet, "supernet")
     data = {**checkpoint["data"], "data_dir": args.data_dir or checkpoint["data"]["data_dir"]}
     model = build(checkpoint)
     blocks = {name: block.rungs for name, block in prunable_blocks(model).items()}
-    whole, savings = block_savings(build(checkpoint), blocks, data["input_size"])
+    unpruned, savings = block_savings(build(checkpoint), blocks, data["input_size"])
     images = torch.randn(args.latency_batch, *data["input_size"], device=device)
     images = images.to(memory_format=torch.channels_last)
     if args.latency:
         path = os.path.join(os.path.dirname(args.out), "latency.json")
         table = latency_table(path, checkpoint, model, blocks, images)
-        whole["latency"] = table["baseline"]
+        unpruned["latency"] = table["baseline"]
         for name in blocks:
             for one, seconds in zip(savings[name], table["savings"][name]):
                 one["latency"] = seconds
-    baseline = {**whole, **{key: checkpoint["baseline"][key] for key in ("params", "macs")}}
+    baseline = {**unpruned, **{key: checkpoint["baseline"][key] for key in ("params", "macs")}}
     if args.dry_run:
-        print_blocks(blocks, baseline, whole, savings)
+        print_blocks(blocks, baseline, unpruned, savings)
         return
     values = getattr(args, kind) or [max(1, len(blocks) // 2)]
     budgets = [] if args.score else [
-        make_budget(kind, value, blocks, baseline, whole, savings) for value in values]
-    own = [(path, read_subnet(path, checkpoint["model"])["prune"]) for path in args.score or ()]
-    for _, prune in own:
+        make_budget(kind, value, blocks, baseline, unpruned, savings) for value in values]
+    specs = [(path, read_subnet(path, checkpoint["model"])["prune"]) for path in args.score or ()]
+    for _, prune in specs:
         set_subnet(model, prune)  # raises for an unknown block or rung
 
     model.to(device, memory_format=torch.channels_last)
-    some = make_loader(data, "train", args.batch_size, device, args.workers, args.calibrate)
+    calibration = make_loader(data, "train", args.batch_size, device, args.workers, args.calibrate)
     held_out = make_loader(data, "holdout", args.batch_size, device, args.workers, args.images)
-    few = len(held_out.dataset)
-    if few < 200:
-        print(f"only {few} held-out images: one of them is {100 / few:.1f} points of top-1")
+    count = len(held_out.dataset)
+    if count < 200:
+        print(f"only {count} held-out images: one of them is {100 / count:.1f} points of top-1")
     # Of an untrained supernet all statistics are the baseline's and the fit's own: they are right
     trained = checkpoint["flags"]["epochs"] or not checkpoint["flags"]["calibrate"]
-    calibration = [images for images, _ in some] if trained else []
+    calibration = [images for images, _ in calibration] if trained else []
     score_alone = make_score(model, blocks, calibration, list(held_out))
 
     def score(candidate):
         saved = [savings[name][gene] for name, gene in zip(blocks, candidate)]
         return {**score_alone(candidate),
-                **{key: whole[key] - sum(one[key] for one in saved) for key in whole}}
+                **{key: unpruned[key] - sum(one[key] for one in saved) for key in unpruned}}
 
     def row(name, s):
         return (name, f"{s['params'] / 1e6:.3f}", f"{s['macs'] / 1e6:.1f}",
@@ -522,16 +523,17 @@ def main():
              row("nothing pruned, BN folded", score((0,) * len(blocks))),
              row("all blocks at their first rung, merged", score((1,) * len(blocks)))]
     if args.score:
-        print_table(header, table + [row(path, score(genes(prune, blocks))) for path, prune in own])
+        print_table(header, table + [row(path, score(to_candidate(prune, blocks)))
+                                     for path, prune in specs])
         return
 
-    def save_subnet(candidate, path, **more):
-        costs = {key: scores[candidate][key] for key in whole}
+    def save_subnet(candidate, path, **notes):
+        costs = {key: scores[candidate][key] for key in unpruned}
         found = {key: scores[candidate][key] for key in ("loss", "top1", "generation")}
-        save_json({"format": 1, "model": checkpoint["model"],
+        save({"format": 1, "model": checkpoint["model"],
                    "prune": prune_entry(candidate, blocks),
                    "model_args": checkpoint["model_args"], "input_size": data["input_size"],
-                   "baseline": baseline, "merged": costs, "search": {**found, **more},
+                   "baseline": baseline, "merged": costs, "search": {**found, **notes},
                    "flags": vars(args)}, path)
 
     def words(candidate):
@@ -539,7 +541,7 @@ def main():
                         for name, gene in zip(blocks, candidate) if gene)
 
     def keep(generation, scores):
-        save_csv([{"prune": words(c), "blocks": len(named(c, blocks)), **s}
+        save([{"prune": words(c), "blocks": len(to_prune(c, blocks)), **s}
                   for c, s in scores.items()], f"{root}.search.csv")
         save({"stage": "unfinished run", "flags": vars(args), "budget": number,
               "generation": generation, "scores": list(scores.items())},
@@ -553,20 +555,20 @@ def main():
     for number in range(first_budget, len(values)):
         print(f"--{kind} {values[number]:g}")
         scores, exact = search(score, budgets[number], args.population, args.generations,
-                               args.seed, price, scores, first, keep)
-        fitting, first = list(filter(budgets[number][1], ranked(scores, price))), 0
+                               args.seed, cost_key, scores, first, keep)
+        fitting, first = list(filter(budgets[number][1], ranked(scores, cost_key))), 0
         best = fitting[0]
         notes = {"evaluated": len(scores), "optimum": exact}
-        print(f"\nprune {len(named(best, blocks))} of {len(blocks)} blocks: {words(best)}")
+        print(f"\nprune {len(to_prune(best, blocks))} of {len(blocks)} blocks: {words(best)}")
         equal = sum(scores[c]["loss"] == scores[best]["loss"] for c in fitting)
         if equal > 1:
             print(f"{equal} subnets have this loss: this one costs least")
-        if args.latency and processes()[0] == 0:
+        if args.latency and rank_and_world()[0] == 0:
             networks = [merged_on(build(checkpoint), prune, device)
-                        for prune in ([], named(best, blocks))]
+                        for prune in ([], to_prune(best, blocks))]
             seconds = latencies(networks, images)[:, 1]
             notes["timed_latency"] = dict(zip(("baseline", "merged"), seconds))
-            print(f"latency: predicted {scores[best]['latency'] / whole['latency']:.3f} of the"
+            print(f"latency: predicted {scores[best]['latency'] / unpruned['latency']:.3f} of the"
                   f" baseline's, the merged network itself {seconds[1] / seconds[0]:.3f}")
             if seconds[1] > 1.03 * values[number] * seconds[0]:  # not by noise alone
                 print(f"that is more than --latency {values[number]:g}: ask for less; or, if other"
@@ -575,16 +577,16 @@ def main():
         print()
         print_table(header, table[:2] + [row("this subnet, merged", scores[best])] + table[2:])
         print(f"\nwrote {paths[number]}\n")
-    front = pareto(scores, price)
-    if processes()[0] == 0:
+    front = pareto(scores, cost_key)
+    if rank_and_world()[0] == 0:
         finish(args.out)
         shutil.rmtree(f"{root}.front", ignore_errors=True)
     for i, candidate in enumerate(front, 1):
         save_subnet(candidate, f"{root}.front/{i}.json")
-    if args.plot and processes()[0] == 0:
-        picks = [genes(read_subnet(path)["prune"], blocks) for path in paths]
-        plot(scores, front, picks, whole, price, blocks, f"{root}.png")
-    print(f"best trade-offs of {price} and loss among the {len(scores)} scored, each with its spec"
+    if args.plot and rank_and_world()[0] == 0:
+        picks = [to_candidate(read_subnet(path)["prune"], blocks) for path in paths]
+        plot(scores, front, picks, unpruned, cost_key, blocks, f"{root}.png")
+    print(f"best trade-offs of {cost_key} and loss of the {len(scores)} scored, each with its spec"
           f" (3_progressive.py --subnet FILE trains it); all are in {root}.search.csv")
     print_table(header, [row(f"{root}.front/{i}.json", scores[c]) for i, c in enumerate(front, 1)])
 

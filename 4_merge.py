@@ -1,11 +1,12 @@
 """Stage 4 of 4: merges the trained subnet into plain layers, proves that it is the same, times it.
 
-Reads runs/subnet.pt. Writes runs/merged.pt (weights and what they are, for `blocks.build`) and
+Reads runs/subnet.pt. Writes runs/merged.pt (weights and what they are, for `blocks.build`),
 runs/merged.pt2 (torch.export, for any batch at the subnet's height and width: runs in any Python
-with torch, without this repository and without timm). With --onnx it writes ONNX as well.
+with torch, without this repository and without timm) and runs/merged.json (the table of the end).
+With --onnx it writes ONNX as well.
 
     python 4_merge.py
-    python 4_merge.py --batch-size 1 16 --compile --json runs/merged.json
+    python 4_merge.py --batch-size 1 16 --compile
     python 4_merge.py --fold-normalization --onnx             # takes RGB from 0 to 1; ONNX
 
     program = torch.export.load("runs/merged.pt2").module()   # in a deployment
@@ -25,8 +26,8 @@ import os
 import torch
 import torch.nn as nn
 
-from blocks import (UserError, at_least, build, cost, evaluate, latencies, make_loader, merge,
-                    print_table, read_checkpoint, replacing, run, save, save_json, start)
+from blocks import (UserError, at_least, atomic_write, build, cost, evaluate, latencies,
+                    make_loader, merge, print_table, read_checkpoint, run, run_flags, save, start)
 
 parser = argparse.ArgumentParser(description="Stage 4 of 4: merges, checks, exports and times.",
                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -37,18 +38,16 @@ flag("--fold-normalization", action="store_true", help="the exports take RGB fro
 flag("--onnx", action="store_true", help="write ONNX, too (pip install onnx onnxscript)")
 flag("--batch-size", type=at_least(1), nargs="+", default=[16], help="images that are timed")
 flag("--compile", action="store_true", help="time the networks with torch.compile, too")
-flag("--json", metavar="FILE", help="write the table into a file")
-flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
-flag("--workers", type=at_least(0), default=min(2, torch.get_num_threads()), help="to load images")
+run_flags(parser, resume=False)
 flag("--out", default="runs/merged.pt", metavar="FILE",
      help="the merged network; the export is FILE2, the ONNX file has .onnx instead of the ending")
 
 
 @torch.no_grad()
-def check(names, ours, theirs, batches, bound, own=0.0):
+def check(names, ours, theirs, batches, bound, rounding=0.0):
     """Prints and returns how far the logits of two networks are apart, computed in the dtype of
     `ours`. UserError where that is more than `bound` times the logits' standard deviation, and more
-    than twice `own`, the rounding error that one of them has by itself."""
+    than twice `rounding`, the rounding error that one of them has by itself."""
     errors, equal, logits = [], 0, []
     for images, _ in batches:
         images = images.to(next(ours.parameters()).dtype)
@@ -57,7 +56,7 @@ def check(names, ours, theirs, batches, bound, own=0.0):
         equal += (a.argmax(1) == b.argmax(1)).sum().item()
         logits.append(a)
     error, logits = torch.stack(errors).max().item(), torch.cat(logits)  # NaN if one is
-    bound = max(bound * logits.std().item(), 2 * own)  # two errors of that size may add up
+    bound = max(bound * logits.std().item(), 2 * rounding)  # two errors of that size may add up
     limit = f" (bound {bound:.1e})" if bound < math.inf else ""
     text = (f"{names}: max abs error {error:.1e}{limit}, same top-1 on {equal} of {len(logits)}"
             " images")
@@ -98,27 +97,28 @@ def main():
                                   if not importlib.util.find_spec(name)]):
         raise UserError(f"--onnx needs more packages: pip install {' '.join(missing)}")
     onnx = os.path.splitext(args.out)[0] + ".onnx" if args.onnx else None
-    paths = [os.path.realpath(path) for path in (args.subnet, args.out, args.out + "2", onnx,
-                                                 args.json) if path]
+    table = os.path.splitext(args.out)[0] + ".json"
+    paths = [os.path.realpath(path) for path in (args.subnet, args.out, args.out + "2", onnx, table)
+             if path]
     if len(set(paths)) < len(paths):
-        raise UserError("--subnet, --out, its exports and --json must be different files")
+        raise UserError("--subnet, --out and what is written beside it must be different files")
     checkpoint = read_checkpoint(args.subnet, "subnet")
     data = {**checkpoint["data"], "data_dir": args.data_dir or checkpoint["data"]["data_dir"]}
     model, baseline = build(checkpoint), build(checkpoint, baseline=True)
 
     # Is it the same network? First the merge itself, then, on all images, the weights that are
     # written: they may be as far off as the unmerged network in float32 is from itself.
-    val, some, few = (make_loader(data, "val", 64, device, args.workers, limit)
-                      for limit in (None, 512, 64))
+    val, val_512, val_64 = (make_loader(data, "val", 64, device, args.workers, limit)
+                            for limit in (None, 512, 64))
     torch.backends.cudnn.allow_tf32, tf32 = False, torch.backends.cudnn.allow_tf32
     model.double().to(device)
     merged, rounded = merge(model), copy.deepcopy(model).float()
-    check("merged against unmerged", model, merged, few, 1e-10)
-    own = check("unmerged, in float32, against float64", model,
+    check("merged against unmerged", model, merged, val_64, 1e-10)
+    rounding = check("unmerged, in float32, against float64", model,
                 lambda images: rounded(images.float()).double(), val, math.inf)
     merged.float()
     check("merged, in float32, against unmerged", model,
-          lambda images: merged(images.float()).double(), val, 1e-4, own)
+          lambda images: merged(images.float()).double(), val, 1e-4, rounding)
 
     # What travels with the network says nothing of this machine
     about = {key: data[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct",
@@ -134,20 +134,21 @@ def main():
         network = nn.Sequential(normalize, network).eval()
         outside = {**about, "mean": [0.0] * len(mean), "std": [1.0] * len(mean)}
 
-    some = [(images.cpu(), labels.cpu()) for images, labels in some]
+    val_512 = [(images.cpu(), labels.cpu()) for images, labels in val_512]
     with contextlib.ExitStack() as stack:
         # All are written, then all take their places: a kill hardly ever leaves two networks
-        pt, pt2, onnx_file = (path and stack.enter_context(replacing(path))
+        pt, pt2, onnx_file = (path and stack.enter_context(atomic_write(path))
                               for path in (args.out, args.out + "2", onnx))
         export(network, outside, pt2, onnx_file)
         program = torch.export.load(pt2).module()
-        check(f"{args.out}2 against merged", merged, lambda x: program(x * std + mean), some, 1e-4,
-              own)
+        check(f"{args.out}2 against merged", merged, lambda x: program(x * std + mean), val_512,
+              1e-4, rounding)
         if onnx and importlib.util.find_spec("onnxruntime"):
             import onnxruntime
             session = onnxruntime.InferenceSession(onnx_file, providers=["CPUExecutionProvider"])
             check(f"{onnx} against merged", merged, lambda x: torch.from_numpy(
-                session.run(None, {"images": (x * std + mean).numpy()})[0]), some, 1e-4, own)
+                session.run(None, {"images": (x * std + mean).numpy()})[0]), val_512, 1e-4,
+                rounding)
         elif onnx:
             print(f"{onnx} was not checked: pip install onnxruntime")
         save({**about, "state_dict": merged.state_dict()}, pt)
@@ -181,7 +182,7 @@ def main():
           f" pruned, on {where}, torch {torch.__version__}\n")
     header = ("", "params (M)", "MACs (M)", "top-1 (%)", "batch", "latency (ms)", "quartiles",
               "images/s", "speed-up", *(["memory (MB)"] if device.type == "cuda" else []))
-    table = [
+    lines = [
         (r["network"] + ", compiled" * r["compiled"], f"{r['params'] / 1e6:.3f}",
          f"{r['macs'] / 1e6:.1f}", f"{r['top1']:.2f}", str(r["batch"]), f"{r['seconds'] * 1e3:.2f}",
          " - ".join(f"{s * 1e3:.2f}" for s in r["quartiles"]), f"{r['images_per_s']:.0f}",
@@ -189,15 +190,14 @@ def main():
         for r in rows]
     if control := checkpoint["control"]:
         empty = [""] * (len(header) - 4)
-        table.insert(0, ("control", *table[0][1:3], f"{control['top1']:.2f}", *empty))
-    print_table(header, table)
+        lines.insert(0, ("control", *lines[0][1:3], f"{control['top1']:.2f}", *empty))
+    print_table(header, lines)
     if control:
         print("control: the baseline, trained for as long as this subnet")
-    if args.json:
-        save_json({"model": about["model"], "prune": about["prune"], "device": where,
-                   "control": control, "input_size": about["input_size"],
-                   "torch": torch.__version__, "rows": rows}, args.json)
-    print("\nwrote " + ", ".join(filter(None, (args.out, args.out + "2", onnx, args.json))))
+    save({"model": about["model"], "prune": about["prune"], "device": where,
+               "control": control, "input_size": about["input_size"],
+               "torch": torch.__version__, "rows": rows}, table)
+    print("\nwrote " + ", ".join(filter(None, (args.out, args.out + "2", onnx, table))))
 
 
 if __name__ == "__main__":

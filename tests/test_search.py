@@ -14,7 +14,17 @@ import torch
 from conftest import one_network, stage
 
 import blocks
-from blocks import UserError, evaluate, fit, make_prunable, prunable_blocks, recalibrate, set_subnet
+from blocks import (
+    UserError,
+    cost,
+    evaluate,
+    fit,
+    make_prunable,
+    merge,
+    prunable_blocks,
+    recalibrate,
+    set_subnet,
+)
 
 search_script = importlib.import_module("2_search")
 NAMES = {name: ("dense", "skip") if name in "bd" else ("dense",) for name in "abcdef"}
@@ -29,60 +39,74 @@ ALL = list(itertools.product(*(range(len(rungs) + 1) for rungs in NAMES.values()
 WHOLE = {"macs": 100, "params": 100}
 
 
+def budget_of(kind, value):
+    return search_script.make_budget(kind, value, NAMES, WHOLE, WHOLE, SAVINGS)
+
+
 @pytest.mark.parametrize(
     "kind, value",
-    [
-        ("prune", 3),
-        ("macs", 0.5),
-        ("params", 0.7),
-        ("params", 0.68),
-        ("params", 1.0),
-        ("macs", 0.25),
-    ],
+    [("prune", 3), *(("params", r) for r in (0.7, 0.68, 1.0)), *(("macs", r) for r in (0.5, 0.25))],
 )
 def test_budgets(kind, value):
-    budget = search_script.make_budget(kind, value, NAMES, WHOLE, WHOLE, SAVINGS)
-    sizes, fits, repair, every = budget
-    assert sizes == [2] * 6 if kind == "prune" else sizes == [2, 3, 2, 3, 2, 2]
+    sizes, fits, repair, every = budget_of(kind, value)
+    assert sizes == ([2] * 6 if kind == "prune" else [2, 3, 2, 3, 2, 2])
+
+    def right(candidate):
+        if kind == "prune":
+            return max(candidate) < 2 and sum(candidate) == value
+        saved = sum(SAVINGS[name][gene][kind] for name, gene in zip(NAMES, candidate))
+        return WHOLE[kind] - saved <= value * WHOLE[kind]
+
     candidates = [c for c in ALL if kind != "prune" or max(c) < 2]
-    right = {
-        c
-        for c in candidates
-        if (
-            sum(c) == value
-            if kind == "prune"
-            else WHOLE[kind] - sum(SAVINGS[name][gene][kind] for name, gene in zip(NAMES, c))
-            <= value * WHOLE[kind]
-        )
-    }
-    assert {c for c in candidates if fits(c)} == right
-    assert list(every()) == sorted(right)
-    rng, harm = random.Random(0), [[0, 1, 0.5], [0, 0, 0], [0, -1, 2], *[[0, math.nan, 1]] * 3]
+    fitting = [c for c in candidates if right(c)]
+    assert [c for c in candidates if fits(c)] == list(every()) == fitting
+    rng = random.Random(0)
+    loss_alone = [[0, 1, 0.5], [0, 0, 0], [0, -1, 2], *[[0, math.nan, 1]] * 3]
     for candidate in rng.choices(candidates, k=200):
-        assert repair(candidate, rng, harm) in right
-    for candidate in right:
-        assert repair(candidate, rng, harm) == candidate
+        assert right(repair(candidate, rng, loss_alone))
+    for candidate in fitting:
+        assert repair(candidate, rng, loss_alone) == candidate
 
 
 def test_a_budget_that_nothing_meets():
-    with pytest.raises(
-        UserError, match="merged subnets have 0.6800 to 1.1800 of the baseline's params"
-    ):
-        search_script.make_budget("params", 0.67, NAMES, WHOLE, WHOLE, SAVINGS)
+    why = "merged subnets have 0.6800 to 1.1800 of the baseline's params"
+    with pytest.raises(UserError, match=why):
+        budget_of("params", 0.67)
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet34", "mobilenetv2_100", "convnext_tiny", "deit_tiny_patch16_224"]
+)
+def test_savings_of_blocks_add_up(name):
+    """To those of the merged network; and each rung saves more than the one before."""
+    size = (3, 224, 224)
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    make_prunable(model, attention="deit" in name)
+    rungs = {path: block.rungs for path, block in prunable_blocks(model).items()}
+    unpruned, savings = search_script.block_savings(model, rungs, size)
+    rng = random.Random(0)
+    some = tuple(rng.randrange(len(of_block) + 1) for of_block in rungs.values())
+    for candidate in ((0,) * len(rungs), (1,) * len(rungs), some):
+        set_subnet(model, search_script.to_prune(candidate, rungs))
+        merged = cost(merge(model), size)
+        for key in ("params", "macs"):
+            saved = (savings[path][gene][key] for path, gene in zip(rungs, candidate))
+            assert unpruned[key] - sum(saved) == merged[key]
+    for of_block, key in itertools.product(savings.values(), ("params", "macs")):
+        saved = [one[key] for one in of_block]
+        assert saved[0] == 0 and saved == sorted(set(saved))
 
 
 def made_up(candidate):
     """Losses for NAMES with interactions between neighbours."""
-    return {
-        "loss": sum(c * (i + 1) for i, c in enumerate(candidate))
-        + 3 * sum(a and b for a, b in zip(candidate, candidate[1:])),
-        "top1": 0.0,
-        "macs": -sum(candidate),
-    }
+    alone = sum(c * (i + 1) for i, c in enumerate(candidate))
+    together = sum(a and b for a, b in zip(candidate, candidate[1:]))
+    return {"loss": alone + 3 * together, "top1": 0.0, "macs": -sum(candidate)}
 
 
 def test_a_small_space_is_scored_completely(capsys):
-    budget = search_script.make_budget("prune", 3, NAMES, WHOLE, WHOLE, SAVINGS)
+    budget = budget_of("prune", 3)
     scores, exact = search_script.search(made_up, budget, 6, 4, 0)
     best = (1, 0, 1, 0, 1, 0)
     assert exact and len(scores) == 20 and min(scores, key=lambda c: scores[c]["loss"]) == best
@@ -97,74 +121,73 @@ def test_a_small_space_is_scored_completely(capsys):
 
 def test_a_ladder_is_searched_completely():
     """All 144 candidates of a budget that everything meets, and what is written for one of them."""
-    budget = search_script.make_budget("macs", 1.0, NAMES, WHOLE, WHOLE, SAVINGS)
-    scores, exact = search_script.search(made_up, budget, 20, 8, 0)
+    scores, exact = search_script.search(made_up, budget_of("macs", 1.0), 20, 8, 0)
     assert exact and set(scores) == set(ALL)
-    candidate = (1, 2, 0, 0, 0, 1)
+    candidate, first_rungs = (1, 2, 0, 0, 0, 1), (1, 0, 0, 0, 0, 1)
     prune = {"a": "dense", "b": "skip", "f": "dense"}
+    assert search_script.to_prune(candidate, NAMES) == prune
     assert search_script.prune_entry(candidate, NAMES) == prune
-    assert search_script.prune_entry((1, 0, 0, 0, 0, 1), NAMES) == ["a", "f"]
-    for spec, genes in ((prune, candidate), (["f", "a"], (1, 0, 0, 0, 0, 1)), ([], (0,) * 6)):
-        assert search_script.genes(spec, NAMES) == genes
+    assert search_script.prune_entry(first_rungs, NAMES) == ["a", "f"]
+    for spec, expected in ((prune, candidate), (["f", "a"], first_rungs), ([], (0,) * 6)):
+        assert search_script.to_candidate(spec, NAMES) == expected
 
 
 def test_a_block_that_breaks_the_network_is_left_alone():
     """A loss that is NaN counts as a large one, not as none."""
-    def score(candidate):
-        made = made_up(candidate)
-        return {**made, "loss": math.nan if candidate[0] else made["loss"]}
 
-    budget = search_script.make_budget("prune", 3, NAMES, WHOLE, WHOLE, SAVINGS)
-    scores, exact = search_script.search(score, budget, 3, 2, 0)
+    def score(candidate):
+        return made_up(candidate) | ({"loss": math.nan} if candidate[0] else {})
+
+    scores, exact = search_script.search(score, budget_of("prune", 3), 3, 2, 0)
     assert not exact and not any(c[0] for c in scores if scores[c]["generation"] == 1)
 
 
 def test_a_search_goes_on_from_every_state_that_it_kept():
     """With the same scores, and without falling back to an earlier state."""
-    budget = search_script.make_budget("prune", 3, NAMES, WHOLE, WHOLE, SAVINGS)
+    budget = budget_of("prune", 3)
     states = []
 
     def keep(generation, scores):
         states.append((generation, dict(scores)))
 
-    whole, exact = search_script.search(made_up, budget, 3, 4, 0, keep=keep)
+    complete, exact = search_script.search(made_up, budget, 3, 4, 0, keep=keep)
     assert not exact and [generation for generation, _ in states] == [0, 1, 2, 3, 4]
     for first, known in list(states):
         states.clear()
         again, _ = search_script.search(made_up, budget, 3, 4, 0, "macs", known, first, keep)
-        assert again == whole
+        assert again == complete
         assert [generation for generation, _ in states] == list(range(first + 1, 5))
 
 
-def test_of_equal_losses_the_cheaper_subnet_wins(capsys):
+def test_of_equal_losses_the_cheaper_subnet_wins():
     def score(candidate):  # all alike, and the alphabet's last ones are the cheapest
         return {"loss": 1.0, "top1": 50.0, "macs": -sum(i * c for i, c in enumerate(candidate))}
 
-    budget = search_script.make_budget("prune", 2, NAMES, WHOLE, WHOLE, SAVINGS)
-    scores, _ = search_script.search(score, budget, 6, 4, 0)
+    scores, _ = search_script.search(score, budget_of("prune", 2), 6, 4, 0)
     first, last = (1, 1, 0, 0, 0, 0), (0, 0, 0, 0, 1, 1)
     assert search_script.ranked(scores)[0] == last == search_script.pareto(scores, "macs")[0]
     scores[first]["loss"] = float("nan")
     assert search_script.ranked(scores)[-1] == first
 
 
-@pytest.mark.parametrize("form", ["reparam", "fitted"])
-@pytest.mark.parametrize("fits_in_memory", [True, False])
 @pytest.mark.parametrize(
-    "name, attention",
+    "name, form, attention, max_bytes",
     [
-        ("test_resnet", False),
-        ("mobilenetv2_035", False),
-        ("test_convnext", False),
-        ("test_vit", False),
-        ("test_vit", True),
+        ("test_resnet", "reparam", False, 2**31),
+        ("test_resnet", "fitted", False, 20_000),  # some fit
+        ("mobilenetv2_035", "reparam", False, 1),  # none
+        ("mobilenetv2_035", "fitted", False, 2**31),
+        ("test_convnext", "reparam", False, 2**31),
+        ("test_convnext", "fitted", False, 2**31),
+        ("test_vit", "reparam", False, 2**31),
+        ("test_vit", "reparam", True, 2**31),
+        ("test_vit", "fitted", True, 20_000),
     ],
 )
-def test_scores_are_the_same_bits_in_any_order(name, attention, fits_in_memory, form):
+def test_scores_are_the_same_bits_in_any_order(name, form, attention, max_bytes):
     torch.manual_seed(0)
-    model = timm.create_model(
-        name, num_classes=4, **({"img_size": 32} if name == "test_vit" else {})
-    )
+    size = {"img_size": 32} if name == "test_vit" else {}
+    model = timm.create_model(name, num_classes=4, **size)
     names = make_prunable(model, form, attention=attention)
     fit(model, names, [torch.randn(8, 3, 32, 32)], in_turn=False)
     rungs = {name: block.rungs for name, block in prunable_blocks(model).items()}
@@ -175,76 +198,56 @@ def test_scores_are_the_same_bits_in_any_order(name, attention, fits_in_memory, 
     candidates += candidates[-2:] + 2 * [(0,) * len(names)] + [(1,) * len(names)]
 
     def from_scratch(candidate):
-        set_subnet(model, search_script.named(candidate, rungs))
+        set_subnet(model, search_script.to_prune(candidate, rungs))
         recalibrate(model, calibration)
         return evaluate(model, held_out)
 
-    right = {c: from_scratch(c) for c in candidates}
-    room = 2**31 if fits_in_memory else 1
-    score = search_script.make_score(model, rungs, calibration, held_out, room)
+    right = {candidate: from_scratch(candidate) for candidate in candidates}
+    score = search_script.make_score(model, rungs, calibration, held_out, max_bytes)
     for order in (candidates, candidates[::-1], sorted(candidates)):
         for candidate in order:
             assert score(candidate) == right[candidate]
 
 
 def test_blocks_that_are_the_same_do_not_run_again():
-    model = timm.create_model("test_convnext", num_classes=4)
-    names = make_prunable(model, "fitted")
-    rungs, calls = {name: block.rungs for name, block in prunable_blocks(model).items()}, []
-    for name, block in prunable_blocks(model).items():
-        for conv in (block.conv_dw, block.pruned[0]):  # of one form each
-            conv.register_forward_hook(lambda *_, name=name: calls.append(name))
-    images = torch.randn(4, 3, 32, 32)
-    score = search_script.make_score(
-        model, rungs, [images], [(images, torch.zeros(4, dtype=torch.long))]
-    )
+    model, calls = timm.create_model("test_convnext", num_classes=4), []
+    names = make_prunable(model)
+    rungs = {name: block.rungs for name, block in prunable_blocks(model).items()}
+    for name, block in prunable_blocks(model).items():  # pruned or not, it begins with this conv
+        block.conv_dw.register_forward_hook(lambda *_, name=name: calls.append(name))
+    images, labels = torch.randn(4, 3, 32, 32), torch.zeros(4, dtype=torch.long)
+    score = search_script.make_score(model, rungs, [images], [(images, labels)])
     rest = [0] * (len(names) - 3)
     score((1, 1, 0, *rest))
     calls.clear()
     score((1, 1, 1, *rest))
-    assert calls == 2 * names[2:]
+    assert calls == 2 * names[2:]  # to recalibrate, and to score
 
 
 @one_network
-def test_several_sizes_and_specs_of_ones_own(runs, monkeypatch, tmp_path, capsys):
-    flags = ["--supernet", runs / "supernet.pt", "--workers", 0]
-    assert (
-        stage(
-            monkeypatch, "2_search.py", *flags, "--prune", 1, 2, 3, "--out", tmp_path / "net.json"
-        )
-        is None
-    )
+def test_several_sizes_and_specs_of_ones_own(runs, tmp_path, capsys):
+    search = f"2_search.py --supernet {runs}/supernet.pt"
+    assert stage(f"{search} --prune 1 2 3 --out {tmp_path}/net.json") is None
     specs = [json.loads((tmp_path / f"net-{k}.json").read_text()) for k in (1, 2, 3)]
-    assert [len(spec["prune"]) for spec in specs] == [1, 2, 3] and all(
-        spec["search"]["optimum"] for spec in specs
-    )
+    assert [len(spec["prune"]) for spec in specs] == [1, 2, 3]
+    assert all(spec["search"]["optimum"] for spec in specs)
     with open(tmp_path / "net.search.csv", encoding="utf-8") as file:
-        table = list(csv.DictReader(file))
-    assert len(table) == 7 and set(table[0]) == {
-        "prune",
-        "blocks",
-        "loss",
-        "top1",
-        "generation",
-        "params",
-        "macs",
-    }
-    assert {row["prune"]: int(row["macs"]) for row in table}[" ".join(specs[1]["prune"])] == specs[
-        1
-    ]["merged"]["macs"]
+        table = {row["prune"]: row for row in csv.DictReader(file)}
+    columns = {"prune", "blocks", "loss", "top1", "generation", "params", "macs"}
+    assert len(table) == 7 and all(set(row) == columns for row in table.values())
+    assert int(table[" ".join(specs[1]["prune"])]["macs"]) == specs[1]["merged"]["macs"]
     said = capsys.readouterr().out
     assert "only 20 held-out images: one of them is 5.0 points of top-1" in said
     rows = [line.split() for line in said.split("best trade-offs of macs")[1].splitlines()[2:]]
     assert sorted(row[0] for row in rows) == sorted(map(str, (tmp_path / "net.front").iterdir()))
     for path, _, macs, loss, _ in rows:  # each can go to stage 3 as it is
-        front = json.loads(open(path).read())
-        assert (
-            f"{front['merged']['macs'] / 1e6:.1f}" == macs
-            and f"{front['search']['loss']:.4f}" == loss
-        )
-        assert " ".join(front["prune"]) in {row["prune"] for row in table}
-    assert stage(monkeypatch, "2_search.py", *flags, "--prune", 1, "--score", rows[0][0]) == 2
-    assert stage(monkeypatch, "2_search.py", *flags, "--score", tmp_path / "net-2.json") is None
+        with open(path, encoding="utf-8") as file:
+            front = json.load(file)
+        assert f"{front['merged']['macs'] / 1e6:.1f}" == macs
+        assert f"{front['search']['loss']:.4f}" == loss
+        assert " ".join(front["prune"]) in table
+    assert stage(f"{search} --prune 1 --score {rows[0][0]}") == 2  # of argparse: one or the other
+    assert stage(f"{search} --score {tmp_path}/net-2.json") is None
     assert f"{specs[1]['search']['loss']:.4f}" in capsys.readouterr().out.splitlines()[-1]
 
 
@@ -262,11 +265,8 @@ def test_latencies_of_blocks(name, attention):
 
 def test_latencies_are_those_of_a_processor(monkeypatch, tmp_path):
     """The table's key names its model: another machine's table is measured again."""
-    monkeypatch.setattr(
-        search_script,
-        "measure_blocks",
-        lambda *args: {"baseline": 1.0, "savings": {}, "error": 0.01},
-    )
+    measured = {"baseline": 1.0, "savings": {}, "error": 0.01}
+    monkeypatch.setattr(search_script, "measure_blocks", lambda *_: measured)
     about, path = {"model": "resnet18", "model_args": {}}, str(tmp_path / "latency.json")
     for name in ("One CPU", "Other CPU"):
         monkeypatch.setattr(search_script.platform, "processor", lambda name=name: name)
@@ -279,24 +279,19 @@ def test_latency_is_measured_once(runs, monkeypatch, tmp_path, capsys):
     """And kept, but not where the machine was too busy. (The times are made up: so no busy machine
     fails this test.)"""
     checkpoint, path = blocks.read_checkpoint(runs / "supernet.pt"), tmp_path / "latency.json"
-    names = {n: b.rungs for n, b in blocks.prunable_blocks(blocks.build(checkpoint)).items()}
+    names = {n: b.rungs for n, b in prunable_blocks(blocks.build(checkpoint)).items()}
     errors = iter([0.01, 0.01, 0.01, 0.01, 0.01, 0.5, 0.5, 0.01, 0.5, 0.5, 0.5])
-    monkeypatch.setattr(
-        search_script,
-        "measure_blocks",
-        lambda *args: {
-            "baseline": 1.0,
-            "savings": {name: [0.04 * (i > 0) for i in range(5)] for name in names},
-            "error": next(errors),
-        },
-    )
+
+    def measure(*_):
+        savings = {name: [0.04 * (i > 0) for i in range(5)] for name in names}
+        return {"baseline": 1.0, "savings": savings, "error": next(errors)}
 
     def table():
-        made = search_script.latency_table(
-            str(path), checkpoint, None, names, torch.zeros(2, 3, 32, 32)
-        )
+        images = torch.zeros(2, 3, 32, 32)
+        made = search_script.latency_table(str(path), checkpoint, None, names, images)
         return made, capsys.readouterr().out
 
+    monkeypatch.setattr(search_script, "measure_blocks", measure)
     first, said = table()
     assert "latencies of the blocks: measured" in said and json.loads(path.read_text()) == first
     without = {key: value for key, value in first.items() if key != "savings"}
@@ -308,30 +303,18 @@ def test_latency_is_measured_once(runs, monkeypatch, tmp_path, capsys):
     os.remove(path)
     assert "too busy" in table()[1] and not path.exists()
 
-    monkeypatch.setattr(
-        blocks, "latencies", lambda *_: torch.tensor([[0.1, 1.0], [0.1, 0.9]]).double().numpy()
-    )
+    made_up = torch.tensor([[0.1, 1.0], [0.1, 0.9]]).double().numpy()
+    monkeypatch.setattr(blocks, "latencies", lambda *_: made_up)
     path.write_text(json.dumps(first))
-    flags = [
-        "--supernet",
-        runs / "supernet.pt",
-        "--workers",
-        0,
-        "--latency-batch",
-        2,
-        "--population",
-        3,
-        "--generations",
-        1,
-        "--out",
-        tmp_path / "net.json",
-    ]
-    assert stage(monkeypatch, "2_search.py", *flags, "--latency", 0.8) is None
+    search = (
+        f"2_search.py --supernet {runs}/supernet.pt --latency-batch 2 --population 3"
+        f" --generations 1 --out {tmp_path}/net.json"
+    )
+    assert stage(f"{search} --latency 0.8") is None
     said = capsys.readouterr().out
     assert "latencies of the blocks: from" in said and "that is more than --latency 0.8" in said
     found = json.loads((tmp_path / "net.json").read_text())
     assert found["merged"]["latency"] <= 0.8 and len(found["prune"]) >= 5
     assert found["search"]["timed_latency"] == {"baseline": 1, "merged": pytest.approx(0.9)}
-    assert stage(monkeypatch, "2_search.py", *flags, "--latency", 0.01).startswith(
-        "error: --latency 0.01: merged subnets have "
-    )
+    error = stage(f"{search} --latency 0.01")
+    assert error.startswith("error: --latency 0.01: merged subnets have ")

@@ -1,4 +1,5 @@
-"""Draws the README's pictures into tests/benchmarks/pictures, from results/first-screen.csv.
+"""Draws the README's pictures into tests/benchmarks/pictures, the curves from
+results/first-screen.csv.
 
     pip install matplotlib
     python tests/benchmarks/pictures.py
@@ -8,6 +9,7 @@ import csv
 import os
 
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 COLOURS = {"layer": "#9ecae1", "norm": "#a1d99b", "act": "#fdae6b", "merged": "#6baed6"}
@@ -16,24 +18,11 @@ FORMS = {
     "fitted form": ("s", "tab:orange"),
     "paper's form, ladder": ("^", "tab:green"),
 }
-INVERTED_RESIDUAL = (
-    ("1×1", "layer"),
-    ("BN", "norm"),
-    ("ReLU6", "act"),
-    ("dw", "layer"),
-    ("BN", "norm"),
-    ("ReLU6", "act"),
-    ("1×1", "layer"),
-    ("BN", "norm"),
-)
-CONVNEXT = (
-    ("depthwise", "layer"),
-    ("LN", "norm"),
-    ("fc1", "layer"),
-    ("GELU", "act"),
-    ("fc2 · γ", "layer"),
-)
+EXPAND = (("1×1", "layer"), ("BN", "norm"), ("ReLU6", "act"))
+DEPTHWISE = (("dw", "layer"), ("BN", "norm"), ("ReLU6", "act"))
+INVERTED_RESIDUAL = (*EXPAND, *DEPTHWISE, ("1×1", "layer"), ("BN", "norm"))
 MLP = (("LN", "norm"), ("fc1", "layer"), ("GELU", "act"), ("fc2", "layer"))
+CONVNEXT = (("depthwise", "layer"), *MLP[:3], ("fc2 · γ", "layer"))
 
 
 def block(axes, title, parts, merged, skip):
@@ -47,13 +36,8 @@ def block(axes, title, parts, merged, skip):
         axes.text(-0.2, -y, name, ha="right", va="center", fontsize=15)
         chain = merged if name == "merged" else parts
         x = 0.0
-        axes.annotate(
-            "",
-            (8.5, -y),
-            (-0.1, -y),
-            arrowprops={"arrowstyle": "->", "color": "grey"},
-            zorder=0,
-        )
+        arrow = {"arrowstyle": "->", "color": "grey"}
+        axes.annotate("", (8.5, -y), (-0.1, -y), arrowprops=arrow, zorder=0)
         for text, kind in chain:
             alpha, style, shown = 1.0, "-", text
             if name == "λ = 1" and kind == "act":  # the identity
@@ -65,42 +49,23 @@ def block(axes, title, parts, merged, skip):
                 shown = "LN→BN" if name == "0 < λ < 1" else "BN"
             size = width * 0.94 if name != "merged" else 2.9
             box = {"facecolor": COLOURS[kind], "alpha": alpha, "edgecolor": "black"}
-            axes.add_patch(_rectangle(x + 0.02, -y - 0.3, size, 0.6, style, box))
+            corner = x + 0.02, -y - 0.3
+            axes.add_patch(Rectangle(corner, size, 0.6, linestyle=style, **box))
             axes.text(x + size / 2, -y, shown, ha="center", va="center", fontsize=14)
             x += width if name != "merged" else size + 0.2
     axes.text(8.5, -3.45, skip, ha="right", va="center", fontsize=14, style="italic")
 
 
-def _rectangle(x, y, width, height, style, box):
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((x, y), width, height, linestyle=style, **box)
-
-
 def blocks_picture(path):
     figure = Figure((7.8, 7.6), layout="constrained", facecolor="white")
     above, middle, below = figure.subplots(3)
-    block(
-        above,
-        "MobileNetV2's inverted residual",
-        INVERTED_RESIDUAL,
-        (("one dense conv", "merged"),),
-        "the skip is folded in",
-    )
-    block(
-        middle,
-        "ConvNeXt's block",
-        CONVNEXT,
-        (("depthwise", "merged"), ("1×1 conv", "merged")),
-        "beside the skip",
-    )
-    block(
-        below,
-        "The MLP of a ViT's block (its attention stays)",
-        MLP,
-        (("one linear layer", "merged"),),
-        "the skip is folded in",
-    )
+    folded = "the skip is folded in"
+    dense = (("one dense conv", "merged"),)
+    block(above, "MobileNetV2's inverted residual", INVERTED_RESIDUAL, dense, folded)
+    convs = (("depthwise", "merged"), ("1×1 conv", "merged"))
+    block(middle, "ConvNeXt's block", CONVNEXT, convs, "beside the skip")
+    linear = (("one linear layer", "merged"),)
+    block(below, "The MLP of a ViT's block (its attention stays)", MLP, linear, folded)
     figure.savefig(path, dpi=110)
 
 
@@ -116,36 +81,22 @@ def curves_picture(path):
             some = [row for row in mine if row["form"] == form]
             if not some:
                 continue
-            axes.errorbar(
-                [float(row["ms, batch 16"]) for row in some],
-                [float(row["top-1"]) for row in some],
-                [float(row["sd"] or 0) for row in some],
-                marker=marker,
-                color=colour,
-                capsize=3,
-                label=f"pruned, {form}",
-            )
-            for row in some if form != "fitted form" or network == networks[0] else ():
-                axes.annotate(
-                    row["pruned"],
-                    (float(row["ms, batch 16"]), float(row["top-1"])),
-                    xytext=(-70, 9) if "ladder" in form else (6, -12),
-                    textcoords="offset points",
-                    fontsize=13,
-                )
+            ms, top1 = ([float(row[key]) for row in some] for key in ("ms, batch 16", "top-1"))
+            deviations = [float(row["sd"] or 0) for row in some]
+            style = {"marker": marker, "color": colour, "capsize": 3}
+            axes.errorbar(ms, top1, deviations, **style, label=f"pruned, {form}")
+            if form == "fitted form" and network != networks[0]:
+                continue  # its points are beside those of the paper's form
+            place = {"xytext": (-70, 9) if "ladder" in form else (6, -12), "fontsize": 13}
+            for row, *point in zip(some, ms, top1):
+                axes.annotate(row["pruned"], point, textcoords="offset points", **place)
         for form, marker in (("control", "*"), ("baseline", "x")):
             row = next(row for row in mine if row["form"] == form)
             if form == "baseline" and network == networks[0]:
                 continue  # 72.8 %, among 1000 classes; the others have learnt that it is ten
             label = "control: baseline,\ntrained as long" if form == "control" else "baseline"
-            axes.plot(
-                float(row["ms, batch 16"]),
-                float(row["top-1"]),
-                marker,
-                color="black",
-                markersize=11,
-                label=label,
-            )
+            point = float(row["ms, batch 16"]), float(row["top-1"])
+            axes.plot(*point, marker, color="black", markersize=11, label=label)
         axes.set_title(f"{network}\n{mine[0]['data']}", fontsize=14)
         axes.tick_params(labelsize=13)
         axes.margins(x=0.1, y=0.2)

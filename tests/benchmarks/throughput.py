@@ -11,8 +11,10 @@ pass per step like the plain loop; stage 1 does a forward and backward pass for 
 """
 
 import argparse
+import contextlib
 import copy
 import importlib
+import itertools
 import os
 import statistics
 import sys
@@ -24,28 +26,22 @@ import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
-from blocks import compile_blocks, make_loader, make_prunable  # noqa: E402
+from blocks import compile_blocks, make_loader, make_prunable, train  # noqa: E402
 
 first, third = importlib.import_module("1_supernet"), importlib.import_module("3_progressive")
+PASSES = 4  # of a step of stage 1: the largest subnet, the smallest, two random ones
 parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-parser.add_argument("--model", default="resnet18", help="a timm model name")
-parser.add_argument(
-    "--data-dir", default="data/shapes", help="folder with train/CLASS/* and val/CLASS/*"
-)
-parser.add_argument("--img-size", default="32", help="input size in pixels")
-parser.add_argument("--batch-size", default="64", help="images per step")
-parser.add_argument("--workers", default="2", help="processes that load images")
-parser.add_argument(
-    "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda"
-)
-parser.add_argument("--amp", action="store_true", help="bfloat16 in all of them")
-parser.add_argument("--compile", action="store_true", help="compiled blocks in all of them")
-parser.add_argument(
-    "--rounds",
-    type=int,
-    default=5,
-    help="epochs of each kind, in turn; one more goes before, uncounted",
-)
+flag = parser.add_argument
+flag("--model", default="resnet18", help="a timm model name")
+flag("--data-dir", default="data/shapes", help="folder with train/CLASS/* and val/CLASS/*")
+flag("--img-size", default="32", help="input size in pixels")
+flag("--batch-size", default="64", help="images per step")
+flag("--workers", default="2", help="processes that load images")
+flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda")
+flag("--amp", action="store_true", help="bfloat16 in all of them")
+flag("--compile", action="store_true", help="compiled blocks in all of them")
+rounds_help = "epochs of each kind, in turn; one more goes before, uncounted"
+flag("--rounds", type=int, default=5, help=rounds_help)
 
 
 def plain_epoch(model, loader, args):
@@ -69,71 +65,48 @@ def plain_epoch(model, loader, args):
     return count / (time.time() - started)
 
 
+def images_per_s(log):
+    """Of the steps of all rows together: while lam moves there are several in an epoch."""
+    steps = [0, *(row["step"] for row in log)]
+    weights = [end - start for start, end in itertools.pairwise(steps)]
+    return statistics.harmonic_mean([row["images_per_s"] for row in log], weights)
+
+
 def main():
     ours = parser.parse_args()
-    shared = [
-        "--batch-size",
-        ours.batch_size,
-        "--workers",
-        ours.workers,
-        "--device",
-        ours.device,
-        *(["--amp"] if ours.amp else []),
-        *(["--compile"] if ours.compile else []),
-    ]
+    shared = ["--batch-size", ours.batch_size, "--workers", ours.workers, "--device", ours.device]
+    shared += ["--amp"] * ours.amp + ["--compile"] * ours.compile
     if ours.data_dir == "data/shapes":
         first.draw_shapes(ours.data_dir)
-    args = first.parser.parse_args(
-        ["--model", ours.model, "--data-dir", ours.data_dir, "--img-size", ours.img_size, *shared]
-    )
+    flags = ["--model", ours.model, "--data-dir", ours.data_dir, "--img-size", ours.img_size]
+    args = first.parser.parse_args(flags + shared)
     device = torch.device(args.device)
     data = first.describe_images(args)
     baseline, *_ = first.make_baseline(args, data)
-    baseline.to(device, memory_format=torch.channels_last)
+    baseline.to(device, memory_format=torch.channels_last).eval()
     prunable = {form: copy.deepcopy(baseline) for form in ("reparam", "fitted")}
     names = [make_prunable(model, form) for form, model in prunable.items()][0]
     loader = make_loader(data, "train", args.batch_size, device, args.workers, augment=args)
-    val = [next(iter(make_loader(data, "val", args.batch_size, device)))]  # is not timed
+    val = [next(iter(make_loader(data, "val", args.batch_size, device)))]
 
     def supernet(form):
-        rows = []
-        first.train(
-            copy.deepcopy(prunable[form]),
-            names,
-            loader,
-            range(1),
-            args.lr,
-            args,
-            lambda model: {"top1": 0.0, "top1_smallest": 0.0},
-            lambda row, **state: rows.append(row),
-            None,
-            baseline if form == "reparam" else None,
-        )
-        return rows[0]["images_per_s"]
+        model, log = copy.deepcopy(prunable[form]), []
+        teacher = baseline if form == "reparam" else None
+        step = first.sandwich(model, names, loader, range(1), args, teacher)
+        with tempfile.TemporaryDirectory() as folder:
+            args.out = os.path.join(folder, "net.pt")
+            train(model, step, lambda _: {}, loader, args, "supernet", range(1), args.lr, log)
+        return images_per_s(log)
 
     def progressive(form, prune, transition=0, distill=0):
-        log = []
+        model, log = copy.deepcopy(prunable[form]), []
         with tempfile.TemporaryDirectory() as folder:
-            out = os.path.join(folder, "net.pt")
-            flags = third.parser.parse_args(
-                [
-                    "--epochs",
-                    "1",
-                    "--transition",
-                    str(transition),
-                    "--distill",
-                    str(distill),
-                    "--out",
-                    out,
-                    *shared,
-                ]
-            )
-            model = copy.deepcopy(prunable[form])
-            third.train(model, baseline.eval(), prune, loader, val, flags, log)
-        # While lam moves there is a row for each tenth
-        return statistics.harmonic_mean([row["images_per_s"] for row in log])
+            flags = ["--epochs", "1", "--transition", str(transition), "--distill", str(distill)]
+            flags += ["--out", os.path.join(folder, "net.pt")]
+            flags = third.parser.parse_args(flags + shared)
+            third.train_subnet(model, baseline, prune, loader, val, flags, log)
+        return images_per_s(log)
 
-    passes = 4  # largest, smallest, two random ones
     kinds = {  # images/s, and the passes per step that count against it
         "plain loop": (lambda: plain_epoch(copy.deepcopy(baseline), loader, args), 1),
         "stage 3, lam = 0": (lambda: progressive("reparam", []), 1),
@@ -143,35 +116,30 @@ def main():
             f"{form}, lam between": (lambda form=form: progressive(form, names, 1), 1),
             f"{form}, lam = 1": (lambda form=form: progressive(form, names), 1),
             f"{form}, lam = 1, with soft labels": (
-                lambda form=form: progressive(form, names, 0, 0.5),
+                lambda form=form: progressive(form, names, distill=0.5),
                 1,
             ),
-            f"{form}, stage 1, {passes} passes": (lambda form=form: supernet(form), passes),
+            f"{form}, stage 1, {PASSES} passes": (lambda form=form: supernet(form), PASSES),
         }
     speeds = {name: [] for name in kinds}
-    stdout, sys.stdout = sys.stdout, sys.stderr  # the stages' own lines
-    for _ in range(ours.rounds + 1):
-        for name, (measure, _) in kinds.items():
-            speeds[name].append(measure())
-    sys.stdout = stdout
-    machine = (
-        torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
+    with contextlib.redirect_stdout(sys.stderr):  # the stages' own lines
+        for _ in range(ours.rounds + 1):
+            for name, (measure, _) in kinds.items():
+                speeds[name].append(measure())
+    machine = f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name()
     print(
         f"{ours.model} at {ours.img_size} px, {len(loader) * loader.loader.batch_size} images per"
         f" epoch, batch {loader.loader.batch_size}, {machine}, torch {torch.__version__}"
-        + (", bfloat16" if ours.amp else "")
-        + (", compiled" if ours.compile else "")
+        f"{', bfloat16' * ours.amp}{', compiled' * ours.compile}"
     )
+    plain_speeds = speeds["plain loop"][1:]
     for name, (_, passes) in kinds.items():
-        ratios = [
-            speed * passes / plain
-            for speed, plain in zip(speeds[name][1:], speeds["plain loop"][1:])
-        ]
+        counted = speeds[name][1:]
+        ratios = [speed * passes / plain for speed, plain in zip(counted, plain_speeds)]
         print(
-            f"{name:34} {statistics.median(speeds[name][1:]):8.0f} img/s   x passes / plain loop:"
+            f"{name:34} {statistics.median(counted):8.0f} img/s   x passes / plain loop:"
             f" {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         )
 
