@@ -25,6 +25,7 @@ fitted form is solved before, in closed form on --calibrate training images: wit
 here.
 """
 import argparse
+import collections
 import copy
 import logging
 import os
@@ -44,7 +45,8 @@ from timm.utils import ParseKwargs, random_seed
 from blocks import (UserError, at_least, check_finite, cost, create_model, evaluate, fingerprint,
                     finish, fit, label_loss, logits_of, make_loader, make_prunable, merge,
                     open_dataset, print_table, progress_bar, prunable_blocks, rank_and_world,
-                    recalibrate, run, run_flags, save, set_subnet, start, train, training_flags)
+                    recalibrate, run, run_flags, samples_of, save, set_subnet, spare_weights, start,
+                    train, training_flags)
 
 parser = argparse.ArgumentParser(description="Stage 1 of 4: trains a supernet.",
                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -67,6 +69,15 @@ flag("--class-map", metavar="FILE",
      help="class folders in the order of the weights' classes, a name per line, of which the data"
           " may have some only; timm's imagenet_synsets.txt is found by its name")
 flag("--img-size", type=at_least(1), help="height and width (None: the model's; 32 for shapes)")
+# how the weights' images were prepared (None: as timm says for --model)
+flag("--mean", type=at_least(0, float, 1), nargs=3, metavar="X",
+     help="of RGB from 0 to 1 (None: the model's)")
+flag("--std", type=at_least(1e-3, float, 1), nargs=3, metavar="X",
+     help="of RGB from 0 to 1 (None: the model's)")
+flag("--interpolation", choices=("nearest", "bilinear", "bicubic", "lanczos"),
+     help="to resize images (None: the model's)")
+flag("--crop-pct", type=at_least(0.01, float, 1), metavar="R", help="share of the height and width"
+     " that val images keep (None: the model's; 1 for new weights below 128 px)")
 # training
 flag("--baseline-epochs", type=at_least(0), help="of the baseline (None: 10, or 0 if weights fit)")
 flag("--epochs", type=at_least(0), default=4, help="of the supernet: four passes per step")
@@ -176,20 +187,36 @@ def describe_images(args):
     if told not in (0, len(classes)):
         raise UserError(f"num_classes={told}, but there are {len(classes)} classes")
     if len(classes) == 1:
-        raise UserError(f"one class only ({classes[0]}): at least two are needed")
+        name = f" ({classes[0]})" if classes[0] else ""
+        raise UserError(f"one class only{name}: at least two class folders are needed")
     if not args.dataset and (unknown := set(val.reader.class_to_idx) - set(classes)):
         raise UserError(f"val has classes that train lacks: {', '.join(sorted(unknown)[:5])}")
     if len(train) < 10:
         raise UserError(f"{len(train)} training images: ten are needed, as one in ten is held back")
+    samples, held = samples_of(train), []
+    labels = [sample[1] if isinstance(sample, tuple) else sample for sample in samples]
+    labels = labels if len(labels) == len(train) else [0] * len(train)  # not every data set tells
+    left = collections.Counter(labels)  # each class keeps a training image
+    if single := sum(count == 1 for count in left.values()):
+        print(f"{single} of {len(left)} classes have one training image: none of it is held back")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(args.seed))
+    for i in order.tolist():
+        if len(held) < len(train) // 10 and left[labels[i]] > 1:
+            left[labels[i]] -= 1
+            held.append(i)
+    if not held:
+        raise UserError("no class has two training images: none can be held back for the search")
     return {**data, "classes": classes, "train_images": len(train),
-            "fingerprint": fingerprint(train), "holdout": order[:len(train) // 10].sort().values}
+            "fingerprint": fingerprint(train), "holdout": torch.tensor(held).sort().values}
 
 
 def make_baseline(args, data):
     """The timm model with its first weights, its arguments, and whether the weights fit the
     classes. Adds to `data` what the model needs of an image."""
     model_args = {**args.model_kwargs, "num_classes": len(data["classes"])}
+    if model_args.get("in_chans", 3) != 3:
+        raise UserError(f"in_chans={model_args['in_chans']}: the stages give a network RGB images"
+                        " only (of grey ones three equal channels)")
     shapes = args.data_dir is None and not args.dataset
     size = args.img_size or model_args.get("img_size") or (32 if shapes else None)
     if size and hasattr(create_model(args.model, model_args), "set_input_size"):
@@ -202,30 +229,71 @@ def make_baseline(args, data):
             raise
         raise UserError(f"cannot get timm's weights for {args.model} ({type(error).__name__}):"
                         " check the network, or give --checkpoint FILE") from error
+    fits = args.pretrained and len(data["classes"]) == model.pretrained_cfg["num_classes"]
     if args.checkpoint:
-        try:
-            timm.models.load_checkpoint(model, args.checkpoint, weights_only=True)
-        except FileNotFoundError as error:
-            raise UserError(f"{args.checkpoint} does not exist") from error
-        except Exception as error:
-            raise UserError(f"{args.checkpoint} does not fit {args.model} with"
-                            f" {len(data['classes'])} classes; is it of another --model?"
-                            f" {' '.join(str(error).split())[:200]}") from error
+        fits = load_weights(model, args)
+    given = args.checkpoint or args.pretrained
     native = timm.data.resolve_model_data_config(model)
     size = to_2tuple(size or native["input_size"][1:])
-    data.update({key: native[key] for key in ("mean", "std", "interpolation", "crop_pct")})
+    if not given and max(size) < 128:
+        native["crop_pct"] = 1.0  # CIFAR's images show little beside their object
+    for key in ("mean", "std", "interpolation", "crop_pct"):
+        data[key] = getattr(args, key) or native[key]
     data.update(input_size=[3, *size], scale=[0.8, 1.0] if max(size) < 128 else [0.08, 1.0])
-    if size != tuple(native["input_size"][1:]):
-        data["crop_pct"] = 1.0  # off its own resolution (CIFAR's 32 px) a model sees all of it
+    numbers = {key: " ".join(f"{x:.3g}" for x in data[key]) for key in ("mean", "std")}
+    print(f"images: {size[0]}x{size[1]} px, {data['crop_pct']:g} of a val image, by"
+          f" {data['interpolation']}; mean {numbers['mean']}, std {numbers['std']}")
     check_finite(model, args.checkpoint or args.model)
     try:
         logits = copy.deepcopy(model).to("meta").eval()(torch.empty(1, 3, *size, device="meta"))
-        assert logits.shape == (1, len(data["classes"])), "it gives no logits"
+        right = torch.is_tensor(logits) and logits.shape == (1, len(data["classes"]))
+        assert right, "it gives no logits"
     except (RuntimeError, AssertionError, AttributeError) as error:
         raise UserError(f"{args.model} does not classify RGB images of {size[0]}x{size[1]} px:"
                         f" {str(error).splitlines()[0]}") from error
-    fits = args.pretrained and len(data["classes"]) == model.pretrained_cfg["num_classes"]
-    return model, model_args, fits or bool(args.checkpoint)
+    return model, model_args, fits
+
+
+def load_weights(model, args):
+    """Loads --checkpoint into a timm model, from timm's keys or behind a prefix (backbone.), also
+    out of a dict of more ({"net": …}). Returns False where the classifier is for other classes, or
+    not there: it is a new one. UserError where anything else is."""
+    wanted, state = model.state_dict(), {}
+    if not os.path.isfile(args.checkpoint):
+        raise UserError(f"{args.checkpoint} does not exist")
+    try:
+        state = timm.models.load_state_dict(args.checkpoint, weights_only=True)
+        while not any(map(torch.is_tensor, state.values())):
+            tensors = {key: sum(map(torch.is_tensor, value.values()))
+                       for key, value in state.items() if isinstance(value, dict)}
+            state = state[name := max(tensors, key=tensors.get)]
+            print(f"{args.checkpoint}: the weights in {name!r}")
+        first = next(iter(wanted))
+        prefix = min((key[:-len(first)] for key in state if key.endswith(first)), key=len,
+                     default="")
+        state = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
+        if prefix:
+            print(f"{args.checkpoint}: the weights behind {prefix}")
+        heads = model.pretrained_cfg.get("classifier") or ()
+        heads = (heads,) if isinstance(heads, str) else heads
+        new = [key for key in wanted if key.rpartition(".")[0] in heads
+               and (key not in state or state[key].shape != wanted[key].shape)]
+        model.load_state_dict({**state, **{key: wanted[key] for key in new}})
+    except Exception as error:  # torch.load raises many kinds
+        state = state if isinstance(state, dict) else {}
+        odd, missing = (", ".join(sorted(map(str, keys))[:3]) or "nothing" for keys in (
+            state.keys() - wanted.keys(), wanted.keys() - state.keys()))
+        why = f"It lacks: {missing}; not known: {odd}"
+        if any(".main." in key for key in state):
+            why = "It is a merged network, which is not pruned again"
+        elif not state or odd == missing:
+            why = f"{error!r}"
+        raise UserError(f"{args.checkpoint} does not fit {args.model} with {model.num_classes}"
+                        f" classes; is it of another --model? {' '.join(why.split())[:200]}"
+                        ) from error
+    if new:
+        print(f"a new classifier, for {model.num_classes} classes: {', '.join(new)}")
+    return not new
 
 
 def sandwich(model, blocks, loader, epochs, args, teacher=None):
@@ -277,6 +345,7 @@ def main():
     log, baseline, baseline_weights = state["log"] if state else [], None, None
 
     # Baseline
+    spare_weights(args, vars(args), model)
     epochs = args.baseline_epochs if args.baseline_epochs is not None else 0 if trained else 10
     print(f"{args.model}, {len(data['classes'])} classes, {data['train_images']} training images,"
           f" {len(data['holdout'])} of them held back")
@@ -305,7 +374,7 @@ def main():
         started = time.time()
         batches = make_loader(data, "train", args.batch_size, device, args.workers,
                               limit=args.calibrate, split=True)
-        fit(model, blocks, (images for images, _ in batches), in_turn=False)
+        fit(model, blocks, batches, in_turn=False)
         what = "blocks" if form == "fitted" else "blocks' lower rungs"
         print(f"fitted {len(blocks)} {what} on {len(batches.dataset) * world} training images in"
               f" {time.time() - started:.1f} s")

@@ -3,7 +3,7 @@
 Reads runs/supernet.pt. Writes runs/subnet.json, which can as well be written by hand: "prune" lists
 the module paths of the blocks to prune, or names a rung of the ladder for each; all else is for the
 record. Beside it, runs/subnet.front/ has a spec for each of the best trade-offs,
-runs/subnet.search.csv every subnet scored, with --plot runs/subnet.png shows them,
+runs/subnet.search.csv every subnet scored, with --plot runs/subnet.search.png shows them,
 runs/latency.json has the latencies of the blocks, and while the stage runs, runs/subnet.json.last
 is what --resume goes on from.
 
@@ -129,14 +129,16 @@ def merged_on(model, prune, device):
 
 @torch.inference_mode()
 def measure_blocks(model, blocks, images, count=16, rounds=9):
-    """{"baseline": seconds, "savings": {block: [seconds of each gene]}, "error": …} of merged
-    networks.
+    """{"baseline": seconds, "savings": {block: [seconds of each gene]}, "error": …, "spread": …} of
+    merged networks.
 
     Each block is timed inside the network, between its real neighbours, in all its forms: in the
     network with nothing pruned, the one with everything at its first rung, and more, at least
     `count`, in which each form of a block is about as frequent as any other; they take short turns.
     (Timed alone, with its input still in the cache, a block came out up to a quarter wrong.)
-    error: how far the sums are from the networks' times."""
+    error: how far the sums are from the networks' times (median), as a share. spread: how far the
+    savings of blocks that are alike, and those of the two halves of the measurement, are apart at
+    most, as a share of the baseline's time."""
     cuda, rng = images.device.type == "cuda", random.Random(0)
 
     def stamp():
@@ -154,6 +156,14 @@ def measure_blocks(model, blocks, images, count=16, rounds=9):
         first = [rng.randrange(n) for n in forms]
     networks = [merged_on(model, to_prune(subnet, blocks), images.device) for subnet in subnets]
     totals = latencies(networks, images, rounds)[:, 1]
+    kinds = {}  # of blocks; those of the same kind cost the same
+    hooks = [networks[0].get_submodule(name).register_forward_pre_hook(
+        lambda block, x, name=name: kinds.update({name: (
+            type(block), x[0].shape, *(weight.shape for weight in block.parameters()))}))
+        for name in blocks]
+    networks[0](images)
+    for hook in hooks:
+        hook.remove()
     spans = {name: [] for name in blocks}  # start and end of every run
     for network, name in itertools.product(networks, blocks):
         block = network.get_submodule(name)
@@ -178,16 +188,25 @@ def measure_blocks(model, blocks, images, count=16, rounds=9):
     # A smaller network keeps more of itself in the cache, so that all its parts are faster than in
     # a large one, and hooks cost time, too. A straight line from the blocks' sums to the networks'
     # totals (least squares of the relative errors) corrects both, and leaves the costs additive.
+    halves = [{key: statistics.median(half(values)) for key, values in times.items()} for half in (
+        lambda values: values[:(len(values) + 1) // 2], lambda values: values[len(values) // 2:])]
     times = {key: statistics.median(values) for key, values in times.items()}
     sums = np.array([sum(times[key] for key in zip(blocks, subnet)) for subnet in subnets])
     lines = np.stack([sums / totals, 1 / totals], 1)
     slope, rest = np.linalg.lstsq(lines, np.ones(len(subnets)), rcond=None)[0].tolist()
     error = np.median(abs(lines @ [slope, rest] - 1)).item()
     if not 0.5 < slope < 2 or rest < 0:  # a block's time that is all noise
-        error = math.inf
-    return {"baseline": rest + slope * sums[0].item(), "error": error, "savings": {
-        name: [slope * (times[name, 0] - times[name, gene]) for gene in range(n)]
-        for name, n in zip(blocks, forms)}}
+        error = 1.0
+
+    def savings(times):
+        return {name: [slope * (times[name, 0] - times[name, gene]) for gene in range(n)]
+                for name, n in zip(blocks, forms)}
+
+    baseline, saved = rest + slope * sums[0].item(), savings(times)
+    pairs = [*zip(*(savings(half).values() for half in halves)), *(
+        (saved[a], saved[b]) for a, b in itertools.combinations(blocks, 2) if kinds[a] == kinds[b])]
+    spread = max(abs(x - y) for pair in pairs for x, y in zip(*pair)) / baseline
+    return {"baseline": baseline, "savings": saved, "error": error, "spread": spread}
 
 
 def latency_table(path, checkpoint, model, blocks, images):
@@ -204,20 +223,23 @@ def latency_table(path, checkpoint, model, blocks, images):
     if rank_and_world()[0] == 0:
         with contextlib.suppress(OSError, ValueError, AttributeError), open(path) as file:
             table = json.load(file)
-            if {"baseline", "savings", "error"} <= table.keys() \
+            if {"baseline", "savings", "error", "spread"} <= table.keys() \
                     and json.loads(json.dumps(key)).items() <= table.items():
                 tables = [table]
                 print(f"latencies of the blocks: from {path}")
-        for _ in range(0 if tables[0] else 3):
+        good = bool(tables[0])
+        for _ in range(0 if good else 3):
             tables = [{**key, **measure_blocks(model, blocks, images)}]
             print("latencies of the blocks: measured; their sums differ from whole networks by"
-                  f" {tables[0]['error']:.1%} (median)")
-            if tables[0]["error"] < 0.1:
+                  f" {tables[0]['error']:.1%} (median), blocks that are alike by up to"
+                  f" {tables[0]['spread']:.1%} of the baseline")
+            good = tables[0]["error"] < 0.1 and tables[0]["spread"] < 0.02
+            if good:
                 save(tables[0], path)
                 break
-        if tables[0]["error"] >= 0.1:
+        if not good:
             print("this machine is too busy to time networks: these latencies are not kept, and a"
-                  " budget of --latency may not hold")
+                  " budget of --latency may not hold. Leave it alone meanwhile")
     if rank_and_world()[1] > 1:
         dist.broadcast_object_list(tables)
     return tables[0]
@@ -447,11 +469,13 @@ def plot(scores, front, picks, unpruned, cost_key, blocks, path):
     left.yaxis.set_minor_formatter("{x:g}")
     left.grid(alpha=0.3, which="both")
     left.legend()
-    for rung in range(1, 1 + max(map(len, blocks.values()))):
-        x = [(i, j) for j, c in enumerate(front) for i, gene in enumerate(c) if gene == rung]
-        right.scatter(*(zip(*x) if x else ((), ())), marker="s", label=f"rung {rung}")
+    for rung in dict.fromkeys(itertools.chain(*blocks.values())):
+        x = [(i, j) for j, c in enumerate(front)
+             for i, name in enumerate(blocks) if to_prune(c, blocks).get(name) == rung]
+        right.scatter(*(zip(*x) if x else ((), ())), marker="s", label=rung)
     right.set_xticks(range(len(blocks)), blocks, rotation=90)
-    right.set_yticks(range(len(front)), [f"{x:.2f}" for x in next(points(front))])
+    right.set_yticks(range(len(front)), [f"{i}.json: {x:.2f}" for i, x in
+                                         enumerate(next(points(front)), 1)])
     right.set(xlabel="block", ylabel=f"best trade-offs, by {cost_key}", xlim=(-1, len(blocks)))
     right.legend()
     with atomic_write(path) as temporary:
@@ -469,6 +493,8 @@ def main():
 
     args, device, state = start(parser, "supernet", read=read_subnet,
                                 last_output=lambda args: outputs(args)[-1])
+    if args.plot and (args.score or args.dry_run):
+        raise UserError("--plot draws a search: leave out --score and --dry-run")
     kind, paths, root = kind(args), outputs(args), os.path.splitext(args.out)[0]
     cost_key = "macs" if kind == "prune" else kind
     checkpoint = read_checkpoint(args.supernet, "supernet")
@@ -585,7 +611,7 @@ def main():
         save_subnet(candidate, f"{root}.front/{i}.json")
     if args.plot and rank_and_world()[0] == 0:
         picks = [to_candidate(read_subnet(path)["prune"], blocks) for path in paths]
-        plot(scores, front, picks, unpruned, cost_key, blocks, f"{root}.png")
+        plot(scores, front, picks, unpruned, cost_key, blocks, f"{root}.search.png")
     print(f"best trade-offs of {cost_key} and loss of the {len(scores)} scored, each with its spec"
           f" (3_progressive.py --subnet FILE trains it); all are in {root}.search.csv")
     print_table(header, [row(f"{root}.front/{i}.json", scores[c]) for i, c in enumerate(front, 1)])

@@ -30,10 +30,11 @@ import torch
 import torch.nn.functional as F
 from timm.utils import random_seed
 
-from blocks import (at_least, atomic_write, build, cost, default_end_act, evaluate, finish, fit,
-                    insert_end_acts, label_loss, logits_of, make_loader, make_prunable, merge,
-                    print_table, prunable_blocks, rank_and_world, read_checkpoint, read_subnet,
-                    recalibrate, run, run_flags, save, set_subnet, start, train, training_flags)
+from blocks import (UserError, at_least, atomic_write, build, cost, default_end_act, evaluate,
+                    finish, fit, insert_end_acts, label_loss, logits_of, make_loader, make_prunable,
+                    merge, print_table, prunable_blocks, rank_and_world, read_checkpoint,
+                    read_subnet, recalibrate, run, run_flags, save, set_subnet, spare_weights,
+                    start, train, training_flags)
 
 HOLD = 0.5  # share of the steps at the full rate: it should not fall before lam is 1
 parser = argparse.ArgumentParser(description="Stage 3 of 4: trains the subnet from lam = 0 to 1.",
@@ -130,8 +131,11 @@ def main():
     subnet = read_subnet(args.subnet, checkpoint["model"])
     data = {**checkpoint["data"], "data_dir": args.data_dir or checkpoint["data"]["data_dir"]}
     teacher = build(checkpoint, baseline=True)
+    spare_weights(args, checkpoint["flags"], teacher)
     model = copy.deepcopy(teacher)
     teacher.to(device, memory_format=torch.channels_last)
+    if args.epochs == 0 and (args.control or args.plot):
+        raise UserError("--control and --plot show a training: give --epochs, too")
     form = args.form or (checkpoint["flags"]["form"] if args.epochs else "fitted")
     if args.transition is None:
         args.transition = 0.25 if form == "reparam" else 0.1
@@ -168,13 +172,13 @@ def main():
         if fitted and args.calibrate:
             batches = make_loader(data, "train", args.batch_size, device, args.workers,
                                   limit=args.calibrate, split=True)
-            fit(model, {name: prune[name] for name in fitted}, (images for images, _ in batches))
+            fit(model, {name: prune[name] for name in fitted}, batches)
         lam = lam_at(0, args.epochs * len(loader), args.transition)
         set_subnet(model, prune, lam)
         batches = make_loader(data, "train", args.batch_size, device, limit=1024)
         changed = {norm for name, block in prunable_blocks(model).items()
                    for norm in block.modules() if name in prune and name not in fitted}
-        recalibrate(model, (images for images, _ in batches), changed)
+        recalibrate(model, batches, changed)
         result = evaluate(model, val, split=True)
         print(f"at the start, with lam {lam:.3f}, top-1 {result['top1']:.2f} %")
     if args.epochs:

@@ -3,7 +3,8 @@
 Reads runs/subnet.pt. Writes runs/merged.pt (weights and what they are, for `blocks.build`),
 runs/merged.pt2 (torch.export, for any batch at the subnet's height and width: runs in any Python
 with torch, without this repository and without timm) and runs/merged.json (the table of the end).
-With --onnx it writes ONNX as well.
+With --onnx it writes ONNX as well. A merged network that was trained further, {**checkpoint,
+"state_dict": …}, is exported again with --subnet FILE and another --out.
 
     python 4_merge.py
     python 4_merge.py --batch-size 1 16 --compile
@@ -20,7 +21,6 @@ import contextlib
 import copy
 import importlib.util
 import json
-import math
 import os
 
 import torch
@@ -57,9 +57,8 @@ def check(names, ours, theirs, batches, bound, rounding=0.0):
         logits.append(a)
     error, logits = torch.stack(errors).max().item(), torch.cat(logits)  # NaN if one is
     bound = max(bound * logits.std().item(), 2 * rounding)  # two errors of that size may add up
-    limit = f" (bound {bound:.1e})" if bound < math.inf else ""
-    text = (f"{names}: max abs error {error:.1e}{limit}, same top-1 on {equal} of {len(logits)}"
-            " images")
+    text = (f"{names}: max abs error {error:.1e} (bound {bound:.1e}), same top-1 on {equal} of"
+            f" {len(logits)} images")
     if not error <= bound:
         raise UserError(f"{text}: they differ, nothing was written")
     print(text)
@@ -79,6 +78,38 @@ def export(network, about, path, onnx):
                                     output_names=["logits"], verbose=False)
         program.model.metadata_props["about"] = about
         program.save(onnx)
+
+
+@torch.no_grad()
+def write(args, onnx, merged, about, batches, rounding):
+    """Writes --out and its exports, after these were checked on `batches`, as `check` says."""
+    network = merged.requires_grad_(False)  # a deployment does not train
+    outside, mean, std = about, 0, 1  # exports take images * std + mean
+    if args.fold_normalization:
+        mean, std = (torch.tensor(about[key]).view(-1, 1, 1) for key in ("mean", "std"))
+        normalize = nn.Conv2d(len(mean), len(mean), 1, groups=len(mean)).requires_grad_(False)
+        normalize.weight.copy_(1 / std[:, None])
+        normalize.bias.copy_((-mean / std).flatten())
+        network = nn.Sequential(normalize, network).eval()
+        outside = {**about, "mean": [0.0] * len(mean), "std": [1.0] * len(mean)}
+
+    with contextlib.ExitStack() as stack:
+        # All are written, then all take their places: a kill hardly ever leaves two networks
+        pt, pt2, onnx_file = (path and stack.enter_context(atomic_write(path))
+                              for path in (args.out, args.out + "2", onnx))
+        export(network, outside, pt2, onnx_file)
+        program = torch.export.load(pt2).module()
+        check(f"{args.out}2 against merged", merged, lambda x: program(x * std + mean), batches,
+              1e-4, rounding)
+        if onnx and importlib.util.find_spec("onnxruntime"):
+            import onnxruntime
+            session = onnxruntime.InferenceSession(onnx_file, providers=["CPUExecutionProvider"])
+            check(f"{onnx} against merged", merged, lambda x: torch.from_numpy(
+                session.run(None, {"images": (x * std + mean).numpy()})[0]), batches, 1e-4,
+                rounding)
+        elif onnx:
+            print(f"{onnx} was not checked: pip install onnxruntime")
+        save({**about, "state_dict": merged.state_dict()}, pt)
 
 
 def peak_memory(network, images):
@@ -102,7 +133,13 @@ def main():
              if path]
     if len(set(paths)) < len(paths):
         raise UserError("--subnet, --out and what is written beside it must be different files")
-    checkpoint = read_checkpoint(args.subnet, "subnet")
+    checkpoint = read_checkpoint(args.subnet, "subnet", "merged")
+    if checkpoint["stage"] == "merged":  # and trained further: there is nothing to merge or compare
+        about = {key: value for key, value in checkpoint.items() if key != "state_dict"}
+        images = torch.randn(64, *about["input_size"]).split(16)
+        write(args, onnx, build(checkpoint), about, [(batch, None) for batch in images], 0.0)
+        print(f"wrote {', '.join(filter(None, (args.out, args.out + '2', onnx)))}")
+        return
     data = {**checkpoint["data"], "data_dir": args.data_dir or checkpoint["data"]["data_dir"]}
     model, baseline = build(checkpoint), build(checkpoint, baseline=True)
 
@@ -115,7 +152,7 @@ def main():
     merged, rounded = merge(model), copy.deepcopy(model).float()
     check("merged against unmerged", model, merged, val_64, 1e-10)
     rounding = check("unmerged, in float32, against float64", model,
-                lambda images: rounded(images.float()).double(), val, math.inf)
+                     lambda images: rounded(images.float()).double(), val, 1e-2)
     merged.float()
     check("merged, in float32, against unmerged", model,
           lambda images: merged(images.float()).double(), val, 1e-4, rounding)
@@ -125,33 +162,8 @@ def main():
                                         "classes")}
     about.update({key: checkpoint[key] for key in ("model", "model_args", "prune", "form",
                                                    "end_act", "attention")}, stage="merged")
-    network, outside, mean, std = merged.cpu(), about, 0, 1  # exports take images * std + mean
-    if args.fold_normalization:
-        mean, std = (torch.tensor(about[key]).view(-1, 1, 1) for key in ("mean", "std"))
-        normalize = nn.Conv2d(len(mean), len(mean), 1, groups=len(mean)).requires_grad_(False)
-        normalize.weight.copy_(1 / std[:, None])
-        normalize.bias.copy_((-mean / std).flatten())
-        network = nn.Sequential(normalize, network).eval()
-        outside = {**about, "mean": [0.0] * len(mean), "std": [1.0] * len(mean)}
-
-    val_512 = [(images.cpu(), labels.cpu()) for images, labels in val_512]
-    with contextlib.ExitStack() as stack:
-        # All are written, then all take their places: a kill hardly ever leaves two networks
-        pt, pt2, onnx_file = (path and stack.enter_context(atomic_write(path))
-                              for path in (args.out, args.out + "2", onnx))
-        export(network, outside, pt2, onnx_file)
-        program = torch.export.load(pt2).module()
-        check(f"{args.out}2 against merged", merged, lambda x: program(x * std + mean), val_512,
-              1e-4, rounding)
-        if onnx and importlib.util.find_spec("onnxruntime"):
-            import onnxruntime
-            session = onnxruntime.InferenceSession(onnx_file, providers=["CPUExecutionProvider"])
-            check(f"{onnx} against merged", merged, lambda x: torch.from_numpy(
-                session.run(None, {"images": (x * std + mean).numpy()})[0]), val_512, 1e-4,
-                rounding)
-        elif onnx:
-            print(f"{onnx} was not checked: pip install onnxruntime")
-        save({**about, "state_dict": merged.state_dict()}, pt)
+    write(args, onnx, merged.cpu(), about, [(x.cpu(), labels.cpu()) for x, labels in val_512],
+          rounding)
 
     # What it costs and what it is worth: the file as a user opens it
     torch.backends.cudnn.allow_tf32 = tf32
@@ -194,9 +206,8 @@ def main():
     print_table(header, lines)
     if control:
         print("control: the baseline, trained for as long as this subnet")
-    save({"model": about["model"], "prune": about["prune"], "device": where,
-               "control": control, "input_size": about["input_size"],
-               "torch": torch.__version__, "rows": rows}, table)
+    save({"model": about["model"], "prune": about["prune"], "device": where, "control": control,
+          "input_size": about["input_size"], "torch": torch.__version__, "rows": rows}, table)
     print("\nwrote " + ", ".join(filter(None, (args.out, args.out + "2", onnx, table))))
 
 

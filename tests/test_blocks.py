@@ -817,7 +817,7 @@ def test_a_model_without_prunable_block_is_refused(name):
 
 
 def test_a_torchvision_model_is_refused():
-    with pytest.raises(UserError, match="ResNet has no prunable block: use a timm model"):
+    with pytest.raises(UserError, match="ResNet has no prunable block; it is made of BasicBlock: use a timm"):
         make_prunable(torchvision.models.resnet18())
 
 

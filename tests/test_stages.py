@@ -228,7 +228,7 @@ def test_plots(own_runs):
     assert stage(f"{search} --out new/a.json --plot") is None
     third = "3_progressive.py --epochs 1 --subnet new/a-0.6.json"
     assert stage(f"{third} --out new/b.pt --control --plot") is None
-    for name in ("a.png", "b.png"):
+    for name in ("a.search.png", "b.png"):
         with Image.open(f"new/{name}") as image:
             colours = image.convert("RGB").getcolors(maxcolors=2**24)
         assert len(colours) > 50
@@ -468,7 +468,7 @@ BAD_FIRST = {  # flags of stage 1, and what the error has to say
     "class only in val": ("--data-dir odd", "val has classes that train lacks: c"),
     "unknown model": ("--model resnet43", "timm cannot build resnet43"),
     "unknown weights": ("--model resnet18.foo", "resnet18"),
-    "grey images": ("--model-kwargs in_chans=1", "does not classify RGB images"),
+    "grey images": ("--model-kwargs in_chans=1", "the stages give a network RGB images only"),
     "no prunable block": ("--model resnet50", "has no prunable block"),
     "unknown model argument": ("--model-kwargs depht=3", "depht"),
     "other number of classes": ("--model-kwargs num_classes=7", "num_classes=7, but there are 10"),

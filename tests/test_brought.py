@@ -1,0 +1,532 @@
+"""What people bring: their own weights, classes, images and notebooks. Nothing goes wrong without a
+word, and what does not work says so."""
+
+import importlib
+import io
+import json
+import logging
+import multiprocessing
+import os
+import pathlib
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn as nn
+import torchvision
+from conftest import load, one_network, stage, write_spec
+from PIL import Image
+from timm.models._efficientnet_blocks import InvertedResidual
+
+import blocks
+from blocks import UserError, fit, make_prunable, set_subnet
+
+search_script = importlib.import_module("2_search")
+QUICK = "--img-size 32 --epochs 0 --calibrate 16"
+
+
+def weights_of(name, classes=10):
+    torch.manual_seed(1)
+    return timm.create_model(name, num_classes=classes).state_dict()
+
+
+@pytest.fixture
+def first(pictures, monkeypatch, tmp_path):
+    """How stage 1 begins in an own folder, which has some pictures in the folder data."""
+    monkeypatch.chdir(tmp_path)
+    for part, count in (("train", 5), ("val", 2)):
+        for name in os.listdir(pictures / part):
+            os.makedirs(f"data/{part}/{name}")
+            for path in sorted((pictures / part / name).iterdir())[:count]:
+                shutil.copy(path, f"data/{part}/{name}")
+    return "1_supernet.py --model test_resnet --data-dir data"
+
+
+def write_images(folder, count):
+    os.makedirs(folder, exist_ok=True)
+    for i in range(count):
+        Image.effect_noise((32, 32), 50).convert("RGB").save(f"{folder}/{i}.png")
+
+
+def assert_error(said, *texts):
+    assert isinstance(said, str) and said.startswith("error: ") and "\n" not in said, said
+    for text in texts:
+        assert text in said, said
+
+
+# ---- weights -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_given_weights_are_trained_at_a_rate_that_keeps_them(first, given, tmp_path, capsys):
+    """By stages 1 and 3, which say so; what is trained here keeps the higher rate."""
+    torch.save(weights_of("test_resnet"), "mine.pth")
+    few = "--img-size 32 --calibrate 16 --epochs 1 --baseline-epochs 1"
+    assert stage(f"{first} {few} {'--checkpoint mine.pth' * given}") is None
+    write_spec(tmp_path / "none.json", [])
+    assert stage("3_progressive.py --subnet none.json --epochs 1") is None
+    said = "given weights: learning rate 0.0001, BN statistics move by 1 % a step"
+    assert capsys.readouterr().out.count(said) == 2 * given
+    after = blocks.read_checkpoint("runs/subnet.pt")["state_dict"]["bn1.running_mean"]
+    before = blocks.read_checkpoint("runs/supernet.pt")["baseline_state_dict"]["bn1.running_mean"]
+    moved = (after - before).abs().max()  # by one step on 180 images
+    assert moved < 0.02 if given else moved > 0
+    for kind in ("supernet", "subnet"):
+        flags = blocks.read_checkpoint(f"runs/{kind}.pt")["flags"]
+        assert flags["lr"] == (1e-4 if given else 1e-3)
+
+
+def test_images_are_prepared_as_the_weights_want_them(first, capsys):
+    """Whatever the size. Only small images for new weights are not cropped."""
+    torch.save(weights_of("test_resnet"), "mine.pth")
+    theirs = timm.data.resolve_model_data_config(timm.create_model("test_resnet"))
+    assert theirs["crop_pct"] < 1
+    for flags, crop in (("--checkpoint mine.pth", theirs["crop_pct"]), ("--baseline-epochs 0", 1)):
+        assert stage(f"{first} {QUICK} {flags}") is None
+        data = blocks.read_checkpoint("runs/supernet.pt")["data"]
+        assert data["crop_pct"] == crop and data["interpolation"] == theirs["interpolation"]
+        assert f"images: 32x32 px, {crop:g} of a val image" in capsys.readouterr().out
+
+
+def test_how_images_are_prepared_can_be_told_and_travels(first, tmp_path, capsys):
+    flags = "--mean 0.5 0.4 0.3 --std 0.2 0.3 0.4 --interpolation bilinear --crop-pct 0.75"
+    assert stage(f"{first} {QUICK} --baseline-epochs 0 {flags}") is None
+    said = "0.75 of a val image, by bilinear; mean 0.5 0.4 0.3, std 0.2 0.3 0.4"
+    assert said in capsys.readouterr().out
+    write_spec(tmp_path / "one.json", ["layer1.0"])
+    assert stage("3_progressive.py --subnet one.json --epochs 0 --calibrate 16") is None
+    assert stage("4_merge.py --batch-size 1") is None
+    files = {"about.json": ""}
+    torch.export.load("runs/merged.pt2", extra_files=files)
+    about = json.loads(files["about.json"])
+    for found in (about, load("runs/subnet.pt")[1]["data"], load("runs/merged.pt")[1]):
+        assert found["mean"] == [0.5, 0.4, 0.3] and found["std"] == [0.2, 0.3, 0.4]
+        assert (found["interpolation"], found["crop_pct"]) == ("bilinear", 0.75)
+
+
+def as_data_parallel(state):
+    return {f"module.{key}": value for key, value in state.items()}
+
+
+def as_backbone(state):
+    return {f"backbone.{key}": v for key, v in state.items() if not key.startswith("fc.")}
+
+
+def as_encoder(state):
+    more = {"projector.weight": torch.zeros(3, 3)}
+    return {"epoch": 3, "state_dict": {f"encoder.{key}": v for key, v in state.items()} | more}
+
+
+WEIGHTS = {  # how they lie in a file, their number of classes, and whether the classifier is new
+    "of more classes": (dict, 1000, True),
+    "net": (lambda state: {"net": state, "acc": 93.1, "epoch": 7}, 10, False),
+    "ema": (lambda state: {"optimizer": {"state": {}}, "ema": state}, 10, False),
+    "model": (lambda state: {"model": state, "args": {"lr": 0.1}}, 10, False),
+    "model, of more classes": (lambda state: {"model": state}, 12, True),
+    "module": (as_data_parallel, 10, False),
+    "backbone": (as_backbone, 10, True),
+    "encoder": (as_encoder, 10, False),
+}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_weights_as_they_lie_around(kind, first, capsys):
+    """All that fits is taken. A classifier of other classes is replaced, and trained then."""
+    wrap, classes, new = WEIGHTS[kind]
+    state = weights_of("test_resnet", classes)
+    torch.save(wrap(state), "mine.pth")
+    assert stage(f"{first} {QUICK} --baseline-epochs 0 --checkpoint mine.pth") is None
+    ours = blocks.read_checkpoint("runs/supernet.pt")["baseline_state_dict"]
+    assert all(torch.equal(ours[key], state[key]) for key in ours if not key.startswith("fc."))
+    assert ours["fc.weight"].shape[0] == 10
+    assert torch.equal(ours["fc.weight"], state["fc.weight"]) == (not new)
+    said = "a new classifier, for 10 classes: fc.weight, fc.bias"
+    assert (said in capsys.readouterr().out) == new
+
+
+def test_weights_that_do_not_fit_name_some_keys(first):
+    torch.save(weights_of("test_vit"), "vit.pth")
+    said = stage(f"{first} {QUICK} --checkpoint vit.pth")
+    assert_error(said, "is it of another --model?", "blocks.0.attn.", "bn1.bias")
+
+
+@one_network
+def test_a_merged_network_that_was_trained_further(own_runs, capsys):
+    """It is exported again, with its new weights. It is not pruned again."""
+    network, checkpoint = load("runs/merged.pt")
+    with torch.no_grad():
+        network.fc.bias += 1
+    torch.save({**checkpoint, "state_dict": network.state_dict()}, "further.pt")
+    assert stage("4_merge.py --subnet further.pt --out new/merged.pt") is None
+    assert sorted(os.listdir("new")) == ["merged.pt", "merged.pt2"]
+    images = torch.randn(3, *checkpoint["input_size"])
+    again, about = load("new/merged.pt")
+    assert about["prune"] == checkpoint["prune"]
+    files = {"about.json": ""}
+    program = torch.export.load("new/merged.pt2", extra_files=files).module()
+    assert json.loads(files["about.json"])["classes"] == checkpoint["classes"]
+    for logits in (again(images), program(images)):
+        torch.testing.assert_close(logits, network(images), rtol=0, atol=1e-4)
+
+    data = blocks.read_checkpoint("runs/subnet.pt")["data"]["data_dir"]
+    again = f"1_supernet.py --model test_resnet --data-dir {data} {QUICK}"
+    said = stage(f"{again} --checkpoint further.pt")
+    assert_error(said, "It is a merged network, which is not pruned again")
+    said = stage("2_search.py --supernet runs/merged.pt --out new/a.json")
+    assert_error(said, "holds: merged. This needs: supernet")
+
+
+@one_network
+def test_exports_need_no_gradient(own_runs):
+    assert stage("4_merge.py --batch-size 1") is None
+    program = torch.export.load("runs/merged.pt2").module()
+    assert not program(torch.zeros(2, 3, 32, 32)).requires_grad
+
+
+@one_network
+def test_a_subnet_with_rounding_errors_of_its_own_is_refused(own_runs):
+    """In float32 its logits are a fiftieth of their standard deviation off: merged and unmerged
+    agree to that only."""
+    model, checkpoint = load("runs/subnet.pt")
+    logits = torch.cat([model(images) for images, _ in validation(checkpoint)])
+    checkpoint["state_dict"]["fc.bias"] += 3e5 * logits.std().item()
+    torch.save(checkpoint, "runs/subnet.pt")
+    said = stage("4_merge.py --out new/merged.pt")
+    assert_error(said, "unmerged, in float32, against float64", "nothing was written")
+    assert not os.path.exists("new")
+
+
+def validation(checkpoint):
+    return blocks.make_loader(checkpoint["data"], "val", 64, torch.device("cpu"))
+
+
+# ---- folders -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+@pytest.mark.parametrize("flags", ["", "--class-map classes.txt"])
+def test_folders_inside_class_folders_are_refused(first, part, flags):
+    with open("classes.txt", "w") as file:
+        file.write("\n".join(sorted(os.listdir("data/train"))))
+    deeper = f"data/{part}/plain disc/batch2"
+    write_images(deeper, 12)
+    said = stage(f"{first} {QUICK} --baseline-epochs 0 {flags}")
+    assert_error(said, deeper, "is a folder inside a class folder")
+
+
+@pytest.mark.parametrize(
+    "path, text",
+    [
+        ("data/train/0.png", "data/train/0.png is in no class folder"),
+        ("data/train/.ipynb_checkpoints/0.png", "is a hidden folder, but would be a class"),
+        ("data/val/plain disc/.ipynb_checkpoints/0.png", "is a folder inside a class folder"),
+    ],
+)
+def test_what_is_no_class_does_not_become_one(first, path, text):
+    write_images(os.path.dirname(path), 1)
+    assert_error(stage(f"{first} {QUICK} --baseline-epochs 0"), text)
+
+
+def test_images_of_all_common_kinds_are_seen(first):
+    for i, ending in enumerate(("webp", "bmp", "tif", "TIFF", "JPEG")):
+        Image.effect_noise((32, 32), 50).save(f"data/train/plain disc/{i}.{ending}")
+    before = len(list(pathlib.Path("data/train").glob("*/*")))
+    assert stage(f"{first} {QUICK} --baseline-epochs 0") is None
+    assert blocks.read_checkpoint("runs/supernet.pt")["data"]["train_images"] == before
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_each_class_keeps_images_for_the_training(first, seed, capsys):
+    """Also one with few. What is held back is still a tenth."""
+    for name, count in (("alone", 1), ("pair", 2), ("many", 37)):
+        write_images(f"few/train/{name}", count)
+        write_images(f"few/val/{name}", 2)
+    line = f"{first} {QUICK} --baseline-epochs 0 --seed {seed} --data-dir few"
+    assert stage(line) is None
+    assert "1 of 3 classes have one training image" in capsys.readouterr().out
+    data = blocks.read_checkpoint("runs/supernet.pt")["data"]
+    samples = blocks.samples_of(blocks.open_dataset(data, "train"))
+    held = set(data["holdout"].tolist())
+    assert len(held) == 4
+    assert {label for i, (_, label) in enumerate(samples) if i not in held} == {0, 1, 2}
+
+
+def test_an_image_that_was_added_later(first):
+    assert stage(f"{first} {QUICK} --baseline-epochs 0") is None
+    write_images("data/train/plain disc", 1)
+    said = stage("2_search.py")
+    assert_error(said, "but 51, or other names", "run stage 1 again")
+
+
+def test_a_folder_without_classes(first):
+    write_images("flat/train", 12)
+    write_images("flat/val", 2)
+    said = stage(f"{first} --data-dir flat")
+    assert_error(said, "is in no class folder")
+
+
+# ---- models --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kwargs, text",
+    [
+        ("in_chans=1", "in_chans=1: the stages give a network RGB images only"),
+        ("features_only=True", "test_resnet does not classify RGB images"),
+    ],
+)
+def test_models_that_do_not_take_rgb_or_give_no_logits(first, kwargs, text):
+    said = stage(f"{first} {QUICK} --model-kwargs {kwargs}")
+    assert_error(said, text)
+    assert "has no attribute" not in said  # that is of the code, not of the model
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("resnet50", "it is made of Bottleneck:"),
+        ("regnety_002", "it is made of Bottleneck:"),
+        ("swin_tiny_patch4_window7_224", "it is made of SwinTransformerBlock:"),
+        ("vgg11", "VGG has no prunable block: use a timm model"),
+    ],
+)
+def test_a_model_without_prunable_block_says_why(name, reason):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    with pytest.raises(UserError) as caught:
+        make_prunable(model)
+    assert reason in str(caught.value)
+
+
+def test_torchvision_s_weights_fit_timm_s_resnet(first):
+    """A model of torchvision is refused, with a word of this way."""
+    torch.manual_seed(0)
+    theirs = torchvision.models.resnet18(num_classes=10)
+    with pytest.raises(UserError, match="weights of torchvision's resnets fit timm's"):
+        make_prunable(theirs)
+    torch.save(theirs.state_dict(), "theirs.pth")
+    resnet18 = first.replace("test_resnet", "resnet18")
+    assert stage(f"{resnet18} {QUICK} --calibrate 0 --checkpoint theirs.pth") is None
+    ours = blocks.build(blocks.read_checkpoint("runs/supernet.pt"), baseline=True)
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(ours(images), theirs.eval()(images), rtol=0, atol=1e-4)
+
+
+# ---- the fit -------------------------------------------------------------------------------------
+
+CONSTANT = {  # blocks, and the size of their images
+    "inverted, 1x1": (lambda: InvertedResidual(8, 8, exp_ratio=3), 1),
+    "inverted": (lambda: InvertedResidual(8, 8, exp_ratio=3), 9),
+    "inverted, 5x5": (lambda: InvertedResidual(8, 12, exp_ratio=3, dw_kernel_size=5, stride=2), 9),
+}
+
+
+@pytest.mark.parametrize("kind", CONSTANT)
+@torch.no_grad()
+def test_channels_that_do_not_vary_tell_nothing(kind):
+    """At every rung, beside channels that do: rounding errors do not become weights."""
+    make, size = CONSTANT[kind]
+    for value in (3.3, 30.7, 300.3, 1000.0, 1000.1, 7777.7):
+        torch.manual_seed(0)
+        model = nn.Sequential(make()).eval()
+        make_prunable(model, "fitted", end_act=False)
+        images = torch.randn(60, 8, size, size)
+        images[:, :3] = value
+        block, expected = model[0], model(images)
+        fit(model, ["0"], images.split(15), in_turn=False)
+        for rung in block.rungs:
+            for key, weight in block.fitted[rung].state_dict().items():
+                assert weight.isfinite().all(), (rung, key)
+                if ".weight" in key and weight.ndim == 4:
+                    assert weight.abs().max() < 1e3, (rung, key, weight.abs().max())
+            set_subnet(model, {"0": rung})
+            error = (model(images) - expected).square().mean()
+            if rung != "skip":  # at least as good as the mean of the outputs
+                assert error <= 1.01 * (expected - expected.mean((0, 2, 3), True)).square().mean()
+
+
+def test_a_system_that_cannot_be_solved_is_an_error_of_the_user_s(monkeypatch):
+    def singular(*_, **__):
+        raise torch.linalg.LinAlgError("linalg.solve: the input matrix is singular")
+
+    model = timm.create_model("test_resnet")
+    names = make_prunable(model, "fitted")
+    monkeypatch.setattr(torch.linalg, "solve", singular)
+    for in_turn in (True, False):
+        with pytest.raises(UserError, match="layer1.0 cannot be fitted.*: .*singular"):
+            fit(model, names, [torch.randn(4, 3, 32, 32)], in_turn)
+
+
+def test_what_is_not_finite_does_not_become_weights():
+    model = timm.create_model("test_resnet")
+    names = make_prunable(model, "fitted")
+    images = torch.randn(4, 3, 32, 32)
+    images[0, 0, 0, 0] = float("nan")
+    for in_turn in (True, False):
+        with pytest.raises(UserError, match="not finite"):
+            fit(model, names, [images], in_turn)
+
+
+@torch.no_grad()
+def test_a_fit_takes_batches_with_labels_and_says_where_there_are_none():
+    """As a notebook's loader gives them; the fit is the same."""
+    fitted = []
+    for labels in (False, True):
+        torch.manual_seed(0)
+        model = timm.create_model("test_resnet").train()
+        names = make_prunable(model, "fitted")
+        images = torch.randn(8, 3, 32, 32).split(4)
+        fit(model, names, [(batch, torch.zeros(4)) for batch in images] if labels else images)
+        assert not model.training
+        fitted.append(model.state_dict())
+    assert all(torch.equal(fitted[0][key], fitted[1][key]) for key in fitted[0])
+    assert "eval mode" in " ".join(fit.__doc__.split())
+    for in_turn in (True, False):
+        with pytest.raises(UserError, match="the fit got no images"):
+            fit(model, names, [], in_turn)
+
+
+# ---- latencies -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trouble", ["none", "one of two blocks that are alike", "the second half"])
+def test_a_latency_table_that_contradicts_itself(trouble, monkeypatch):
+    """On a clock on which a conv takes as long as it has weights, unless there is trouble."""
+    torch.manual_seed(0)
+    model = timm.create_model("resnet18", channels=(64, 16, 24, 32))
+    make_prunable(model)
+    if trouble.startswith("one"):
+        model.layer1[1].conv1.slower = 4  # it is of the same shapes as the one before
+    found = {name: block.rungs for name, block in blocks.prunable_blocks(model).items()}
+    clock, run, slower = [0.0], nn.Conv2d.forward, [1]
+
+    def forward(conv, x):
+        clock[0] += conv.weight.numel() * getattr(conv, "slower", 1) * slower[0] / 1e6
+        return run(conv, x)
+
+    def latencies(networks, images, rounds):
+        seconds = []
+        for network in networks:
+            begin = clock[0]
+            network(images)
+            seconds.append(clock[0] - begin)
+        return np.array([seconds] * 3).T
+
+    def turns(items, *_, **__):
+        items = list(items)
+        for i, item in enumerate(items):
+            slower[0] = 3 if i >= len(items) / 2 and trouble == "the second half" else 1
+            yield item
+
+    monkeypatch.setattr(nn.Conv2d, "forward", forward)
+    monkeypatch.setattr(search_script.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(search_script, "latencies", latencies)
+    monkeypatch.setattr(search_script, "progress_bar", turns)
+    images = torch.zeros(1, 3, 32, 32)
+    table = search_script.measure_blocks(model, found, images, count=4, rounds=4)
+    if trouble == "none":
+        assert table["error"] < 1e-6 and table["spread"] < 1e-6
+    else:
+        assert table["spread"] > 0.02
+
+
+def test_a_table_that_contradicts_itself_is_not_kept(monkeypatch, tmp_path, capsys):
+    """Nor taken from an older file, that says nothing of it."""
+    spreads = iter([0.2, 0.2, 0.2, 0.2, 0.001])
+
+    def measured(*_):
+        return {"baseline": 1.0, "savings": {}, "error": 0.01, "spread": next(spreads)}
+
+    monkeypatch.setattr(search_script, "measure_blocks", measured)
+    about, path = {"model": "resnet18", "model_args": {}}, tmp_path / "latency.json"
+
+    def table():
+        images = torch.zeros(2, 3, 32, 32)
+        search_script.latency_table(str(path), about, None, {}, images)
+        return capsys.readouterr().out
+
+    said = table()
+    assert said.count("blocks that are alike by up to 20.0%") == 3 and "too busy" in said
+    assert not path.exists()
+    assert table().count("measured") == 2 and "from" in table()
+    kept = json.loads(path.read_text())
+    del kept["spread"]
+    path.write_text(json.dumps(kept))
+    spreads = iter([0.001])
+    assert "measured" in table()
+
+
+# ---- how the stages are called -------------------------------------------------------------------
+
+
+@one_network
+def test_two_runs_with_the_same_out(own_runs, monkeypatch, tmp_path):
+    """The second stops; one that comes later does not."""
+    write_spec(tmp_path / "none.json", [])
+    second, build, said = "3_progressive.py --subnet none.json --epochs 0", blocks.build, []
+
+    def meanwhile(*args, **kwargs):
+        if not said:
+            said.append("")  # the second, of a process of its own, comes here, too
+            with multiprocessing.get_context("fork").Pool(1) as pool:
+                said.append(pool.apply(stage, [f"{second} --out ./runs/../runs/subnet.pt"]))
+        return build(*args, **kwargs)
+
+    monkeypatch.setattr(blocks, "build", meanwhile)
+    assert stage(second) is None
+    assert_error(said[1], "another run writes", "at this moment: give another --out")
+    assert stage(second) is None
+
+
+@one_network
+def test_in_a_notebook(own_runs, monkeypatch):
+    """Its output cannot be reconfigured."""
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert stage("2_search.py --dry-run") is None
+    assert "budgets that can be met" in sys.stdout.getvalue()
+
+
+@one_network
+@pytest.mark.parametrize(
+    "line, text",
+    [
+        ("3_progressive.py --epochs 0 --control", "--control and --plot show a training"),
+        ("3_progressive.py --epochs 0 --plot", "--control and --plot show a training"),
+        ("2_search.py --score runs/subnet.json --plot", "--plot draws a search"),
+        ("2_search.py --dry-run --plot", "--plot draws a search"),
+    ],
+)
+def test_flags_without_effect_are_refused(own_runs, line, text):
+    pytest.importorskip("matplotlib")
+    assert_error(stage(line), text)
+
+
+@one_network
+def test_both_plots_are_kept_and_name_what_they_show(own_runs, monkeypatch):
+    """Rungs, and the file of each row."""
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    drawn, savefig = [], figure.savefig
+    monkeypatch.setattr(
+        figure, "savefig", lambda *args, **more: (drawn.append(args[0]), savefig(*args, **more))
+    )
+    assert stage("2_search.py --macs 0.7 --population 6 --generations 2 --plot") is None
+    rows = [label.get_text() for label in drawn[0].axes[1].get_yticklabels()]
+    front = os.listdir("runs/subnet.front")
+    assert sorted(row.split(":")[0] for row in rows) == sorted(front)
+    rungs = {text.get_text() for text in drawn[0].axes[1].get_legend().get_texts()}
+    assert rungs == {"dense", "1x1", "skip"}
+    before = open("runs/subnet.search.png", "rb").read()
+    assert stage("3_progressive.py --epochs 1 --plot") is None
+    assert os.path.exists("runs/subnet.png")
+    assert open("runs/subnet.search.png", "rb").read() == before
+
+
+@one_network
+def test_one_epoch_is_no_reason_for_a_warning(own_runs, caplog, tmp_path):
+    write_spec(tmp_path / "none.json", [])
+    with caplog.at_level(logging.WARNING):
+        assert stage("3_progressive.py --subnet none.json --epochs 1 --batch-size 128") is None
+    assert not [message for message in caplog.messages if "Cosine" in message]
