@@ -131,7 +131,6 @@ def main():
     subnet = read_subnet(args.subnet, checkpoint["model"])
     data = {**checkpoint["data"], "data_dir": args.data_dir or checkpoint["data"]["data_dir"]}
     teacher = build(checkpoint, baseline=True)
-    spare_weights(args, checkpoint["flags"], teacher)
     model = copy.deepcopy(teacher)
     teacher.to(device, memory_format=torch.channels_last)
     if args.epochs == 0 and (args.control or args.plot):
@@ -148,6 +147,7 @@ def main():
         end_act = args.epochs > 0 and default_end_act(model, form, prune)
     if end_act:
         insert_end_acts(model)
+    spare_weights(args, checkpoint["flags"], model, prune)
     model.to(device, memory_format=torch.channels_last)
     loader = make_loader(data, "train", args.batch_size, device, args.workers, augment=args)
     val = make_loader(data, "val", args.batch_size, device, args.workers, split=True)
@@ -165,8 +165,9 @@ def main():
         print(f"going on after epoch {state['epoch']} of the {log[-1]['network']}")
     if args.control and args.epochs and not control:
         print("control: the baseline, trained for as long")
-        _, control = train_subnet(copy.deepcopy(teacher), teacher, {}, loader, val, args, log,
-                                  state=state)
+        unpruned = copy.deepcopy(teacher)
+        spare_weights(args, checkpoint["flags"], unpruned)
+        _, control = train_subnet(unpruned, teacher, {}, loader, val, args, log, state=state)
         state = None
     if not state:
         if fitted and args.calibrate:
