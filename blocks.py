@@ -213,14 +213,13 @@ class Prunable:
         """Plain layers that compute the pruned block, in eval mode."""
         skip, act = self.skip_module(), self.last_act()
         if self.rung == "skip":
-            if act is None:
-                return nn.Identity()
+            act = act or nn.Identity()
             act.inplace = False  # its input is the block's
             return act
         layers = fold_norms(self.fitted[self.rung]) if self.rung in self.fitted else self.composed()
-        if len(layers) > 1 or not fold_skip(layers[0], skip):
-            return MergedBlock(nn.Sequential(*layers) if layers[1:] else layers[0], skip, act)
-        return MergedBlock(layers[0], None, act)
+        if len(layers) == 1 and fold_skip(layers[0], skip):
+            skip = None
+        return MergedBlock(layers[0] if len(layers) == 1 else nn.Sequential(*layers), skip, act)
 
 
 class MergedBlock(nn.Module):
