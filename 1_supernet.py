@@ -39,6 +39,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from timm.data.readers.img_extensions import is_img_extension
 from timm.layers import to_2tuple
 from timm.utils import ParseKwargs, random_seed
 
@@ -167,6 +168,17 @@ def read_class_map(args):
     return names
 
 
+def check_folder(root):
+    """UserError where timm would take something for a class that is none, or leave images out."""
+    for entry in os.scandir(root) if os.path.isdir(root) else ():
+        if entry.is_dir() and (inner := [e.path for e in os.scandir(entry) if e.is_dir()]):
+            raise UserError(f"{inner[0]} is a folder inside a class folder: move its images up")
+        if entry.is_dir() and entry.name.startswith("."):
+            raise UserError(f"{entry.path} is a hidden folder, but would be a class: remove it")
+        if entry.is_file() and is_img_extension(os.path.splitext(entry.name)[1].lower()):
+            raise UserError(f"{entry.path} is in no class folder")
+
+
 def describe_images(args):
     """The part of the checkpoint by which later stages find the images: `data`. The tenth that is
     held back is chosen here, once."""
@@ -177,6 +189,8 @@ def describe_images(args):
         draw_shapes(data_dir)
     data = {"dataset": args.dataset, "data_dir": os.path.abspath(data_dir),
             "seed": args.seed, "classes": names}
+    for part in ("train", "val") if not args.dataset else ():
+        check_folder(os.path.join(data["data_dir"], part))
     train, val = open_dataset(data, "train"), open_dataset(data, "val")
     source = getattr(train, "reader", train)  # torchvision's ImageNet has several names for a class
     numbers = getattr(source, "wnid_to_idx", None) or getattr(source, "class_to_idx", {})
@@ -287,7 +301,7 @@ def load_weights(model, args):
         if any(".main." in key for key in state):
             why = "It is a merged network, which is not pruned again"
         elif not state or odd == missing:
-            why = f"{error!r}"
+            why = repr(error)
         raise UserError(f"{args.checkpoint} does not fit {args.model} with {model.num_classes}"
                         f" classes; is it of another --model? {' '.join(why.split())[:200]}"
                         ) from error

@@ -57,7 +57,7 @@ import torch.nn.functional as F
 from PIL import Image
 from timm.data import Mixup
 from timm.data.loader import PrefetchLoader, fast_collate
-from timm.data.readers.img_extensions import add_img_extensions, is_img_extension
+from timm.data.readers.img_extensions import add_img_extensions
 from timm.layers import Conv2dSame, Mlp, conv2d_same
 from timm.models import _efficientnet_blocks, convnext, resnet, vision_transformer
 from timm.optim import create_optimizer_v2, list_optimizers
@@ -1437,13 +1437,6 @@ def open_dataset(data, part):
         if not os.path.isdir(root):
             raise UserError(f"no folder {root}: --data-dir needs the folders train and val, each"
                             " with one folder of images per class")
-        for entry in os.scandir(root):  # what timm would take for a class, or leave out
-            if entry.is_dir() and (inner := [e.path for e in os.scandir(entry) if e.is_dir()]):
-                raise UserError(f"{inner[0]} is a folder inside a class folder: move its images up")
-            if entry.is_dir() and entry.name.startswith("."):
-                raise UserError(f"{entry.path} is a hidden folder, but would be a class: remove it")
-            if entry.is_file() and is_img_extension(os.path.splitext(entry.name)[1].lower()):
-                raise UserError(f"{entry.path} is in no class folder")
         if data.get("classes"):  # the folders of both parts, numbered alike
             options["class_map"] = {label: i for i, label in enumerate(data["classes"])}
     try:
