@@ -43,9 +43,9 @@ from timm.data.readers.img_extensions import is_img_extension
 from timm.layers import to_2tuple
 from timm.utils import ParseKwargs, random_seed
 
-from blocks import (UserError, at_least, check_finite, cost, create_model, evaluate, fingerprint,
-                    finish, fit, label_loss, logits_of, make_loader, make_prunable, merge,
-                    open_dataset, print_table, progress_bar, prunable_blocks, rank_and_world,
+from blocks import (UserError, answers, at_least, check_finite, cost, create_model, evaluate,
+                    fingerprint, finish, fit, label_loss, logits_of, make_loader, make_prunable,
+                    merge, open_dataset, print_table, progress_bar, prunable_blocks, rank_and_world,
                     recalibrate, run, run_flags, samples_of, save, set_subnet, spare_weights, start,
                     train, training_flags)
 
@@ -168,15 +168,21 @@ def read_class_map(args):
     return names
 
 
-def check_folder(root):
-    """UserError where timm would take something for a class that is none, or leave images out."""
-    for entry in os.scandir(root) if os.path.isdir(root) else ():
-        if entry.is_dir() and (inner := [e.path for e in os.scandir(entry) if e.is_dir()]):
+def has_classes(root):
+    """Whether the images below `root` are in class folders. UserError where timm would take
+    something for a class that is none, or leave images out."""
+    entries = list(os.scandir(root) if os.path.isdir(root) else ())
+    folders = [entry for entry in entries if entry.is_dir()]
+    for entry in folders:
+        if inner := [e.path for e in os.scandir(entry) if e.is_dir()]:
             raise UserError(f"{inner[0]} is a folder inside a class folder: move its images up")
-        if entry.is_dir() and entry.name.startswith("."):
+        if entry.name.startswith("."):
             raise UserError(f"{entry.path} is a hidden folder, but would be a class: remove it")
-        if entry.is_file() and is_img_extension(os.path.splitext(entry.name)[1].lower()):
-            raise UserError(f"{entry.path} is in no class folder")
+    images = [entry.path for entry in entries
+              if entry.is_file() and is_img_extension(os.path.splitext(entry.name)[1].lower())]
+    if folders and images:
+        raise UserError(f"{images[0]} is in no class folder")
+    return not images
 
 
 def describe_images(args):
@@ -189,13 +195,19 @@ def describe_images(args):
         draw_shapes(data_dir)
     data = {"dataset": args.dataset, "data_dir": os.path.abspath(data_dir),
             "seed": args.seed, "classes": names}
-    for part in ("train", "val") if not args.dataset else ():
-        check_folder(os.path.join(data["data_dir"], part))
+    data["answers"] = {  # in the place of labels, where there are none: stage 1 fills them in
+        part: None for part in ("train", "val")
+        if not args.dataset and not has_classes(os.path.join(data["data_dir"], part))}
     train, val = open_dataset(data, "train"), open_dataset(data, "val")
-    source = getattr(train, "reader", train)  # torchvision's ImageNet has several names for a class
+    labelled = next((part for part in ("train", "val") if part not in data["answers"]), None)
+    source = val if labelled == "val" else train
+    source = getattr(source, "reader", source)  # torchvision's ImageNet has several names for each
     numbers = getattr(source, "wnid_to_idx", None) or getattr(source, "class_to_idx", {})
     told = args.model_kwargs.get("num_classes", 0)
-    classes = sorted(numbers, key=numbers.get) or [str(i) for i in range(told)]
+    if not labelled:
+        numbers = {}
+        told = told or create_model(args.model, args.model_kwargs).num_classes
+    classes = names or sorted(numbers, key=numbers.get) or [str(i) for i in range(told)]
     if not classes:
         raise UserError("this data set does not tell its classes: give --model-kwargs num_classes=")
     if told not in (0, len(classes)):
@@ -203,7 +215,8 @@ def describe_images(args):
     if len(classes) == 1:
         name = f" ({classes[0]})" if classes[0] else ""
         raise UserError(f"one class only{name}: at least two class folders are needed")
-    if not args.dataset and (unknown := set(val.reader.class_to_idx) - set(classes)):
+    unknown = set() if args.dataset or "val" in data["answers"] else set(val.reader.class_to_idx)
+    if unknown := unknown - set(classes):
         raise UserError(f"val has classes that train lacks: {', '.join(sorted(unknown)[:5])}")
     if len(train) < 10:
         raise UserError(f"{len(train)} training images: ten are needed, as one in ten is held back")
@@ -349,6 +362,14 @@ def main():
         dist.barrier()
     make_prunable(copy.deepcopy(model), attention=args.attention)  # errors come before training
     model.to(device, memory_format=torch.channels_last)  # depthwise convs train twice as fast
+    for part in data["answers"]:
+        if not trained:
+            raise UserError(f"the {part} images are in no class folders: that needs weights of"
+                            " these classes (--checkpoint, --pretrained), for answers in the place"
+                            " of labels")
+        images = make_loader({**data, "holdout": torch.tensor([])}, part, 64, device, args.workers)
+        data["answers"][part] = torch.cat([logits.argmax(1) for logits in answers(model, images)])
+        print(f"the {part} images have no labels: the given weights' answers take their place")
     loader = make_loader(data, "train", args.batch_size, device, args.workers, augment=args)
     val = make_loader(data, "val", args.batch_size, device, args.workers, split=True)
     if not state:  # an image that cannot be read is an error now, not hours later

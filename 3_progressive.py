@@ -30,11 +30,11 @@ import torch
 import torch.nn.functional as F
 from timm.utils import random_seed
 
-from blocks import (UserError, at_least, atomic_write, build, cost, default_end_act, evaluate,
-                    finish, fit, insert_end_acts, label_loss, logits_of, make_loader, make_prunable,
-                    merge, print_table, prunable_blocks, rank_and_world, read_checkpoint,
-                    read_subnet, recalibrate, run, run_flags, save, set_subnet, spare_weights,
-                    start, train, training_flags)
+from blocks import (UserError, answers, at_least, atomic_write, build, cost, default_end_act,
+                    evaluate, finish, fit, insert_end_acts, label_loss, logits_of, make_loader,
+                    make_prunable, merge, print_table, prunable_blocks, rank_and_world,
+                    read_checkpoint, read_subnet, recalibrate, run, run_flags, save, set_subnet,
+                    spare_weights, start, train, training_flags)
 
 HOLD = 0.5  # share of the steps at the full rate: it should not fall before lam is 1
 parser = argparse.ArgumentParser(description="Stage 3 of 4: trains the subnet from lam = 0 to 1.",
@@ -95,9 +95,9 @@ def plot(log, baseline, path):
         figure.savefig(temporary, dpi=150)
 
 
-def train_subnet(model, teacher, prune, loader, val, args, log, control=None, state=None):
+def train_subnet(model, teacher, prune, loader, test, args, log, control=None, state=None):
     """Trains `model` while the blocks `prune` (none: it is the control) go from lam = 0 to 1, on
-    the labels and the teacher's soft labels. Returns it and its top-1 and loss on `val`."""
+    the labels and the teacher's soft labels. Returns it and what test(model) finds."""
     lam, steps = 0.0, args.epochs * len(loader)
 
     def step(images, labels, number):
@@ -115,7 +115,7 @@ def train_subnet(model, teacher, prune, loader, val, args, log, control=None, st
 
     def measure(network):  # maybe the average of the model's weights
         set_subnet(network, prune, lam)
-        return evaluate(network, val, split=True)
+        return test(network)
 
     tenth = max(1, round(args.transition * steps / 10))
     moving = {number for number in range(tenth - 1, steps, tenth)
@@ -160,6 +160,11 @@ def main():
     if args.control is None:  # who sees the drawn pictures sees that training alone helps there
         flags = checkpoint["flags"]
         args.control = not flags["data_dir"] and not flags["dataset"]
+    wanted = answers(teacher, val)
+
+    def test(network):
+        return evaluate(network, val, split=True, unpruned=wanted)
+
     log, control = (state["log"], state["control"]) if state else ([], None)
     if state:
         print(f"going on after epoch {state['epoch']} of the {log[-1]['network']}")
@@ -167,7 +172,7 @@ def main():
         print("control: the baseline, trained for as long")
         unpruned = copy.deepcopy(teacher)
         spare_weights(args, checkpoint["flags"], unpruned)
-        _, control = train_subnet(unpruned, teacher, {}, loader, val, args, log, state=state)
+        _, control = train_subnet(unpruned, teacher, {}, loader, test, args, log, state=state)
         state = None
     if not state:
         if fitted and args.calibrate:
@@ -180,10 +185,11 @@ def main():
         changed = {norm for name, block in prunable_blocks(model).items()
                    for norm in block.modules() if name in prune and name not in fitted}
         recalibrate(model, batches, changed)
-        result = evaluate(model, val, split=True)
-        print(f"at the start, with lam {lam:.3f}, top-1 {result['top1']:.2f} %")
+        result = test(model)
+        print(f"at the start, with lam {lam:.3f}, top-1 {result['top1']:.2f} %, agreement"
+              f" {result['agreement']:.2f} %")
     if args.epochs:
-        model, result = train_subnet(model, teacher, prune, loader, val, args, log, control, state)
+        model, result = train_subnet(model, teacher, prune, loader, test, args, log, control, state)
         if args.plot and rank_and_world()[0] == 0:
             plot(log, checkpoint["baseline"]["top1"], os.path.splitext(args.out)[0] + ".png")
     model.cpu().eval()
@@ -193,8 +199,9 @@ def main():
     finish(args.out)
     merged = cost(merge(model), data["input_size"])
     print()
-    print_table(("", "params (M)", "MACs (M)", "top-1 (%)"), [
-        (name, f"{c['params'] / 1e6:.3f}", f"{c['macs'] / 1e6:.1f}", f"{r['top1']:.2f}")
+    print_table(("", "params (M)", "MACs (M)", "top-1 (%)", "agree (%)"), [
+        (name, f"{c['params'] / 1e6:.3f}", f"{c['macs'] / 1e6:.1f}", f"{r['top1']:.2f}",
+         f"{r.get('agreement', 100):.2f}")
         for name, c, r in (("baseline", checkpoint["baseline"], checkpoint["baseline"]),
                            ("control: trained for as long", checkpoint["baseline"], control),
                            ("this subnet, once merged", merged, result)) if r])

@@ -26,7 +26,7 @@ import os
 import torch
 import torch.nn as nn
 
-from blocks import (UserError, at_least, atomic_write, build, cost, evaluate, latencies,
+from blocks import (UserError, answers, at_least, atomic_write, build, cost, evaluate, latencies,
                     make_loader, merge, print_table, read_checkpoint, run, run_flags, save, start)
 
 parser = argparse.ArgumentParser(description="Stage 4 of 4: merges, checks, exports and times.",
@@ -169,11 +169,12 @@ def main():
     torch.backends.cudnn.allow_tf32 = tf32
     networks = {"baseline": baseline, "baseline, BN folded": merge(baseline),
                 "merged": build(read_checkpoint(args.out))}
-    facts, rows = [], []
+    facts, rows, wanted = [], [], answers(baseline.to(device), val)
     for name, network in networks.items():
         network.to(device, memory_format=torch.channels_last)  # faster for each of them
+        found = evaluate(network, val, unpruned=wanted)
         facts.append({"network": name, **cost(network, data["input_size"]),
-                      "top1": evaluate(network, val)["top1"]})
+                      "top1": found["top1"], "agreement": found["agreement"]})
     for compiled in (False, True)[:1 + args.compile]:
         for network in networks.values() if compiled else ():
             network.compile(dynamic=False)  # as deployed: compiled for one batch size
@@ -192,17 +193,20 @@ def main():
         where = torch.cuda.get_device_name(device)
     print(f"\n{about['model']} at {about['input_size'][-1]} px, {len(about['prune'])} blocks"
           f" pruned, on {where}, torch {torch.__version__}\n")
-    header = ("", "params (M)", "MACs (M)", "top-1 (%)", "batch", "latency (ms)", "quartiles",
-              "images/s", "speed-up", *(["memory (MB)"] if device.type == "cuda" else []))
+    header = ("", "params (M)", "MACs (M)", "top-1 (%)", "agree (%)", "batch", "latency (ms)",
+              "quartiles", "images/s", "speed-up",
+              *(["memory (MB)"] if device.type == "cuda" else []))
     lines = [
         (r["network"] + ", compiled" * r["compiled"], f"{r['params'] / 1e6:.3f}",
-         f"{r['macs'] / 1e6:.1f}", f"{r['top1']:.2f}", str(r["batch"]), f"{r['seconds'] * 1e3:.2f}",
-         " - ".join(f"{s * 1e3:.2f}" for s in r["quartiles"]), f"{r['images_per_s']:.0f}",
-         f"{r['speed_up']:.2f}x", *([f"{r['memory'] / 1e6:.1f}"] if r["memory"] else []))
+         f"{r['macs'] / 1e6:.1f}", f"{r['top1']:.2f}", f"{r['agreement']:.2f}", str(r["batch"]),
+         f"{r['seconds'] * 1e3:.2f}", " - ".join(f"{s * 1e3:.2f}" for s in r["quartiles"]),
+         f"{r['images_per_s']:.0f}", f"{r['speed_up']:.2f}x",
+         *([f"{r['memory'] / 1e6:.1f}"] if r["memory"] else []))
         for r in rows]
     if control := checkpoint["control"]:
-        empty = [""] * (len(header) - 4)
-        lines.insert(0, ("control", *lines[0][1:3], f"{control['top1']:.2f}", *empty))
+        empty = [""] * (len(header) - 5)
+        found = (f"{control[key]:.2f}" if key in control else "" for key in ("top1", "agreement"))
+        lines.insert(0, ("control", *lines[0][1:3], *found, *empty))
     print_table(header, lines)
     if control:
         print("control: the baseline, trained for as long as this subnet")

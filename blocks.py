@@ -1381,10 +1381,12 @@ def read_image(dataset, index):
 class Images(torch.utils.data.Dataset):
     """Some images of a data set, transformed, and their labels. Item (epoch, i) is image i,
     augmented at random by a seed of (seed, epoch, i) alone: neither the number of loader processes
-    nor what was loaded before counts. Item i is for transforms without random numbers."""
+    nor what was loaded before counts. Item i is for transforms without random numbers. labels: in
+    the place of the data set's own, or None."""
 
-    def __init__(self, dataset, indices, transform, seed):
+    def __init__(self, dataset, indices, transform, seed, labels=None):
         self.dataset, self.indices, self.transform, self.seed = dataset, indices, transform, seed
+        self.labels = labels
 
     def __len__(self):
         return len(self.indices)
@@ -1392,6 +1394,7 @@ class Images(torch.utils.data.Dataset):
     def __getitem__(self, item):
         epoch, i = item if isinstance(item, tuple) else (None, item)
         image, label = read_image(self.dataset, int(self.indices[i]))
+        label = label if self.labels is None else int(self.labels[self.indices[i]])
         if epoch is None:
             return self.transform(image), label
         # timm's transforms use all three generators; without --workers the training does so, too
@@ -1437,7 +1440,8 @@ def open_dataset(data, part):
         if not os.path.isdir(root):
             raise UserError(f"no folder {root}: --data-dir needs the folders train and val, each"
                             " with one folder of images per class")
-        if data.get("classes"):  # the folders of both parts, numbered alike
+        if data.get("classes") and part not in data.get("answers", ()):
+            # The folders of both parts, numbered alike
             options["class_map"] = {label: i for i, label in enumerate(data["classes"])}
     try:
         dataset = timm.data.create_dataset(
@@ -1485,7 +1489,8 @@ def make_loader(data, part, batch_size, device, workers=0, limit=None, split=Fal
         raise UserError(f"--aa {augment and augment.aa}: {error!r}; timm's notation is like"
                         " rand-m9-mstd0.5-inc1") from error
     seed = augment.seed if augment else 0
-    images = Images(dataset, indices[rank::world] if split else indices, transform, seed)
+    labels = data.get("answers", {}).get("val" if part == "val" else "train")
+    images = Images(dataset, indices[rank::world] if split else indices, transform, seed, labels)
     sampler = Shuffle(images, world, rank, seed=seed, drop_last=True) if augment else None
     loader = torch.utils.data.DataLoader(
         images, min(batch_size, len(sampler or images)), sampler=sampler, drop_last=bool(augment),
@@ -1497,20 +1502,34 @@ def make_loader(data, part, batch_size, device, workers=0, limit=None, split=Fal
 
 
 @torch.no_grad()
-def evaluate(model, batches, split=False):
-    """{"loss": mean cross entropy, "top1": %} over an iterable of (images, labels), in float32.
-    split: each process has a part of the batches, and gets the result of all."""
+def answers(model, batches):
+    """The logits (B, classes) of each of `batches`, in float32 and eval mode, as a list."""
     model.eval()
-    sums = torch.zeros(3, dtype=torch.float64, device=next(model.parameters()).device)
-    for images, labels in progress_bar(batches, "evaluate"):
+    return [model(images).float() for images, _ in progress_bar(batches, "unpruned")]
+
+
+@torch.no_grad()
+def evaluate(model, batches, split=False, unpruned=None):
+    """{"loss": mean cross entropy, "top1": %} over an iterable of (images, labels), in float32.
+    unpruned: that network's `answers` to these batches; then also {"agreement": %, how often top-1
+    is the same class, "kl": mean divergence from these answers}. split: each process has a part of
+    the batches, and gets the result of all."""
+    model.eval()
+    sums = torch.zeros(5, dtype=torch.float64, device=next(model.parameters()).device)
+    for i, (images, labels) in enumerate(progress_bar(batches, "evaluate")):
         logits = model(images).float()
+        wanted = unpruned[i] if unpruned else logits
         sums[0] += F.cross_entropy(logits, labels, reduction="sum")
         sums[1] += (logits.argmax(1) == labels).sum()
-        sums[2] += len(labels)
+        sums[2] += (logits.argmax(1) == wanted.argmax(1)).sum()
+        sums[3] += F.kl_div(logits.log_softmax(1), wanted.log_softmax(1), reduction="sum",
+                            log_target=True)
+        sums[4] += len(labels)
     if split:
         all_reduce_mean([sums])
-    loss, correct, count = sums.tolist()
-    return {"loss": loss / count, "top1": 100 * correct / count}
+    loss, correct, same, kl, count = sums.tolist()
+    return {"loss": loss / count, "top1": 100 * correct / count,
+            **({"agreement": 100 * same / count, "kl": kl / count} if unpruned else {})}
 
 
 # ---- what the stages share: training -------------------------------------------------------------
@@ -1572,13 +1591,13 @@ def train(model, step, measure, loader, args, name, epochs, peak, log, hold=0.0,
         return {"train_loss": loss.item(), "images_per_s": round(speed, 1)}
 
     def write(row, result):
-        top1 = {key: value for key, value in result.items() if "top1" in key}
-        log.append({**row, **{f"val_{key}": value for key, value in top1.items()}})
+        found = {key: value for key, value in result.items() if key[:4] in ("top1", "agre")}
+        log.append({**row, **{f"val_{key}": value for key, value in found.items()}})
         save(log, os.path.splitext(args.out)[0] + ".csv")
         print(f"{name} {row['epoch']}/{len(epochs)}  step {row['step']}/{steps}",
               *(f"{key} {value:.3f}" for key, value in row.items() if key == "lam"),
               f"lr {row['lr']:.2e}  loss {row['train_loss']:.3f}",
-              *(f"{key.replace('top1', 'top-1')} {value:.2f} %" for key, value in top1.items()),
+              *(f"{key.replace('top1', 'top-1')} {value:.2f} %" for key, value in found.items()),
               f"{row['images_per_s']:.0f} img/s", sep="  ")
 
     for epoch in range(first, epochs.stop):

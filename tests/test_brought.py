@@ -261,11 +261,67 @@ def test_an_image_that_was_added_later(first):
     assert_error(said, "but 51, or other names", "run stage 1 again")
 
 
-def test_a_folder_without_classes(first):
-    write_images("flat/train", 12)
-    write_images("flat/val", 2)
-    said = stage(f"{first} --data-dir flat")
-    assert_error(said, "is in no class folder")
+def without_classes(part):
+    """Moves the images of data/PART out of their class folders."""
+    for path in list(pathlib.Path(f"data/{part}").glob("*/*")):
+        path.rename(path.parents[1] / path.name)
+    for folder in pathlib.Path(f"data/{part}").iterdir():
+        if folder.is_dir():
+            folder.rmdir()
+
+
+@pytest.mark.parametrize("parts", [["train"], ["val"], ["train", "val"]])
+def test_photos_without_labels(first, parts, tmp_path, capsys):
+    """The given weights' answers take the place of the labels that are not there."""
+    for part in parts:
+        without_classes(part)
+    torch.save(weights_of("test_resnet"), "mine.pth")
+    kwargs = "--model-kwargs num_classes=10" * (len(parts) == 2)
+    line = f"{first} --img-size 32 --epochs 1 --calibrate 16 --checkpoint mine.pth {kwargs}"
+    assert stage(line) is None
+    said = capsys.readouterr().out
+    for part in ("train", "val"):
+        text = f"the {part} images have no labels: the given weights' answers take their place"
+        assert (text in said) == (part in parts)
+    network, checkpoint = blocks.build(blocks.read_checkpoint("runs/supernet.pt"), True), None
+    checkpoint = blocks.read_checkpoint("runs/supernet.pt")
+    assert (checkpoint["baseline"]["top1"] == 100) == ("val" in parts)
+    for part in ("train", "holdout", "val"):
+        batches = blocks.make_loader(checkpoint["data"], part, 4, torch.device("cpu"))
+        same = [(network(images).argmax(1) == labels).all() for images, labels in batches]
+        assert all(same) == (part.replace("holdout", "train") in parts)
+    assert stage("2_search.py --prune 2") is None
+    assert stage("3_progressive.py --epochs 1") is None
+    assert stage("4_merge.py --batch-size 1") is None
+    found = json.loads((tmp_path / "runs/merged.json").read_text())["rows"][-1]
+    assert (found["top1"] == found["agreement"]) == ("val" in parts)
+
+
+@pytest.mark.parametrize("flags", ["", "--checkpoint mine.pth --class-map names.txt"])
+def test_photos_without_labels_need_weights_that_fit(first, flags):
+    """A new network, or a new classifier, has no answers."""
+    without_classes("train")
+    torch.save(weights_of("test_resnet", 3), "mine.pth")
+    with open("names.txt", "w") as file:
+        file.write("\n".join(sorted(os.listdir("data/val"))))
+    said = stage(f"{first} --img-size 32 {flags}")
+    assert_error(said, "the train images are in no class folders: that needs weights of these")
+
+
+def test_agreement_is_with_the_unpruned_network(own_runs):
+    """And stands in the files of stages 3 and 4."""
+    checkpoint = blocks.read_checkpoint("runs/subnet.pt")
+    images = list(blocks.make_loader(checkpoint["data"], "val", 16, torch.device("cpu")))
+    subnet, baseline = (blocks.build(checkpoint, which) for which in (False, True))
+    with torch.no_grad():
+        ours, theirs = (torch.cat([n(x) for x, _ in images]) for n in (subnet, baseline))
+    same = 100 * (ours.argmax(1) == theirs.argmax(1)).double().mean().item()
+    kl = (theirs.softmax(1) * (theirs.log_softmax(1) - ours.log_softmax(1))).sum(1).mean().item()
+    assert checkpoint["subnet"]["agreement"] == pytest.approx(same)
+    assert checkpoint["subnet"]["kl"] == pytest.approx(kl, rel=1e-3)
+    rows = json.loads((own_runs / "merged.json").read_text())["rows"]
+    found = {row["network"]: row["agreement"] for row in rows}
+    assert found == {"baseline": 100, "baseline, BN folded": 100, "merged": pytest.approx(same)}
 
 
 # ---- models --------------------------------------------------------------------------------------
