@@ -17,7 +17,7 @@ from timm.layers import SqueezeExcite
 from timm.models import mlp_mixer
 from timm.models._efficientnet_blocks import InvertedResidual
 from timm.models.convnext import ConvNeXtBlock
-from timm.models.resnet import BasicBlock, downsample_avg, downsample_conv
+from timm.models.resnet import BasicBlock, Bottleneck, downsample_avg, downsample_conv
 from timm.models.vision_transformer import Attention, Block
 
 import blocks
@@ -52,6 +52,7 @@ SMALL = {
     "convnext_atto": {"conv_mlp": True, "dims": NARROW},
     "test_vit2": {"img_size": 32},
     "seresnet18": {"channels": NARROW},
+    "resnet26d": {"channels": NARROW},
     "efficientnet_b0": {},
     "convnextv2_atto": {"dims": NARROW},
     "naflexvit_base_patch16_gap": {"embed_dim": 48, "num_heads": 3, "depth": 3},
@@ -98,6 +99,12 @@ BLOCKS = {
     "basic, stride 2": lambda: BasicBlock(8, 12, stride=2, downsample=downsample("conv", 2)),
     "basic, wider": lambda: BasicBlock(8, 12, downsample=downsample("conv", 1)),
     "basic, resnet-d": lambda: BasicBlock(8, 12, stride=2, downsample=downsample("avg", 2)),
+    "bottleneck": lambda: Bottleneck(8, 2),
+    "bottleneck, dilated": lambda: Bottleneck(8, 2, dilation=2),
+    "bottleneck, stride 2": lambda: Bottleneck(8, 3, stride=2, downsample=downsample("conv", 2)),
+    "bottleneck, resnet-d": lambda: Bottleneck(8, 3, stride=2, downsample=downsample("avg", 2)),
+    "bottleneck, grouped": lambda: Bottleneck(8, 2, cardinality=2, base_width=32),
+    "bottleneck, resnext": lambda: Bottleneck(8, 2, cardinality=2),
     "inverted": lambda: inverted(act_layer=nn.ReLU6),
     "inverted, stride 2": lambda: inverted(12, stride=2, act_layer=nn.ReLU6),
     "inverted, no skip": lambda: inverted(noskip=True),
@@ -119,6 +126,7 @@ BLOCKS = {
 # What cannot be composed, and so is fitted in either form
 ONLY_FITTED = {
     "basic, squeeze-excite": lambda: BasicBlock(8, 8, attn_layer="se"),
+    "bottleneck, squeeze-excite": lambda: Bottleneck(8, 2, attn_layer="se"),
     "inverted, squeeze-excite": lambda: inverted(se_layer=SqueezeExcite),
     "convnext, GRN": lambda: ConvNeXtBlock(8, use_grn=True, ls_init_value=None),
     "vit, norm in its MLP": lambda: Block(8, 2, scale_mlp_norm=True),
@@ -333,7 +341,7 @@ def test_merged_block_is_the_trained_one(kind, end_act, form):
         if not kind.startswith("vit"):
             convs = [module for module in merged.modules() if isinstance(module, nn.Conv2d)]
             in_skip = "resnet-d" in kind
-            assert len(convs) == {"separable": 2, "skip": 0}.get(rung, 1) + in_skip
+            assert len(convs) == {"separable": 2, "lowrank": 2, "skip": 0}.get(rung, 1) + in_skip
             assert all(conv.weight.is_contiguous() for conv in convs)
     assert macs == sorted(macs, reverse=True) and len(set(macs)) == len(macs)
     if "TF" not in kind and form == "fitted" and "vit" not in kind:  # for all of the block
