@@ -634,10 +634,12 @@ class PrunableBottleneck(PrunableConvs, resnet.Bottleneck):
         conv1, conv2, conv3 = (fuse_conv_bn_eval(conv, bn) for conv, bn in (
             (self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)))
         centre = torch.block_diag(*centre_taps(conv2.weight, 1).flatten(1).chunk(conv2.groups))
-        first = compose((conv1.weight, conv1.bias), (centre, conv2.bias))
+        first, shift = compose((conv1.weight, conv1.bias), (centre, conv2.bias))
+        both, bias = compose((first, shift), weight_and_bias(conv3))
         if self.rung == "1x1":
-            return [conv_like(self.conv2, *compose(first, weight_and_bias(conv3)))]
-        return [conv_like(self.conv2, *first), conv3]
+            return [conv_like(self.conv2, both, bias)]
+        conv3.bias = nn.Parameter(bias)  # with all that is constant, as in the fitted form
+        return [conv_like(self.conv2, first, None), conv3]
 
 
 class PrunableInvertedResidual(PrunableConvs, _efficientnet_blocks.InvertedResidual):
