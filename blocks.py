@@ -20,6 +20,7 @@ The pruned block comes in two forms, which merge into layers of the same shape:
 
     timm class                    reparam form, lam = 1              ladder
     resnet.BasicBlock             conv1, bn1, centre of conv2, bn2   dense, 1x1, skip
+    resnet.Bottleneck             the same, conv3, bn3               lowrank or 1x1, skip
     InvertedResidual              its convs and BNs                  dense, separable, 1x1, skip
     convnext.ConvNeXtBlock        conv_dw, BatchNorm, γ, fc2, fc1    separable, depthwise, skip
     vision_transformer.Block      BatchNorm, fc2, fc1 for the MLP    linear, skip
@@ -241,15 +242,21 @@ class Zero(nn.Module):
         return torch.zeros_like(x)
 
 
+def is_conv1x1(skip):
+    """Is a skip one 1x1 conv and a BatchNorm? resnet-d's averages first, over fewer pixels at an
+    odd border."""
+    return isinstance(skip, nn.Sequential) and isinstance(skip[1], BatchNorm) \
+        and skip[0].kernel_size == (1, 1)
+
+
 def fold_skip(layer, skip):
     """Adds the skip to a linear layer or to the centre taps of a conv, in place. False where they
-    cannot be one layer: resnet-d's skip averages first, over fewer pixels at an odd border."""
+    cannot be one layer."""
     centre = layer.weight if layer.weight.ndim == 2 else centre_taps(layer.weight, 1)[:, :, 0, 0]
     if isinstance(skip, nn.Identity):
         channels = torch.arange(len(centre), device=centre.device)
         centre[channels, channels % centre.shape[1]] += 1  # a depthwise conv has one input for each
-    elif isinstance(skip, nn.Sequential) and isinstance(skip[1], BatchNorm) \
-            and skip[0].kernel_size == (1, 1):
+    elif is_conv1x1(skip):
         shortcut = fuse_conv_bn_eval(*skip)  # it sees the pixels of the centre tap
         centre += shortcut.weight[:, :, 0, 0]
         layer.bias += shortcut.bias
@@ -324,7 +331,8 @@ def why_not_composed(convs, norms):
 
 class PrunableConvs(Prunable):
     """What blocks have in common that are pruned to convs. `self.shape()` is a conv whose stride
-    the new ones have, their channels in and out, and the kernel size of a dense one."""
+    the new ones have, their channels in and out, and the kernel size of a dense one; `self.rank`
+    the channels between the two of "lowrank"."""
 
     def fitted_layers(self, rung):
         like, inputs, outputs, size = self.shape()
@@ -336,6 +344,8 @@ class PrunableConvs(Prunable):
 
         if rung == "separable":
             convs = [new_conv(inputs, size, inputs), nn.Conv2d(inputs, outputs, 1, bias=False)]
+        elif rung == "lowrank":
+            convs = [new_conv(self.rank, 1), nn.Conv2d(self.rank, outputs, 1, bias=False)]
         else:
             convs = [new_conv(outputs, 1 if rung == "1x1" else size)]
         bn = nn.BatchNorm2d(outputs)  # without it, networks of many fitted blocks train worse
@@ -361,9 +371,13 @@ class PrunableConvs(Prunable):
             first[0].weight.copy_(kernels.view_as(first[0].weight))
             kernels = torch.block_diag(*kernels[:, None])
             mean, gram, cross = kernels @ mean, kernels @ gram @ kernels.T, kernels @ cross
-        weight = solve(gram, cross, ridge).T
+        weight = last = solve(gram, cross, ridge).T
+        if rung == "lowrank":  # reduced-rank regression: the leading directions of its outputs
+            last = torch.linalg.eigh(weight @ cross).eigenvectors[:, -self.rank:]  # (O, rank)
+            first[0].weight.copy_((last.T @ weight).view_as(first[0].weight))
+            weight = last @ last.T @ weight
         variance = ((weight @ gram) * weight).sum(1).clamp(min=0)
-        conv.weight.copy_(weight.view_as(conv.weight))
+        conv.weight.copy_(last.view_as(conv.weight))
         set_bn(bn, weight @ mean, variance, (variance + bn.eps).sqrt(), bias)
 
 
@@ -451,7 +465,7 @@ def make_prunable(model, form="reparam", end_act=None, attention=False):
         kinds = f"; it is made of {', '.join(kinds)}" if kinds else ""
         raise UserError(
             f"{type(model).__name__} has no prunable block{listed(not_prunable(model)) or kinds}:"
-            " use a timm model: resnet18, resnet34, mobilenetv2_*, efficientnet_*, convnext*,"
+            " use a timm model: resnet18, resnet50, mobilenetv2_*, efficientnet_*, convnext*,"
             " deit_*, vit_* (weights of torchvision's resnets fit timm's)")
     if attention:
         attns = [block.attn for block in blocks.values() if isinstance(block, PrunableViTBlock)
@@ -581,6 +595,52 @@ def recalibrate(model, batches, norms=None):
 
 
 # ---- the other families --------------------------------------------------------------------------
+
+class PrunableBottleneck(PrunableConvs, resnet.Bottleneck):
+    """conv1x1-bn-act-conv3x3-bn-act-conv1x1-bn + skip, act. A dense conv costs as much as the block
+    or more: so conv2 shrinks to its centre tap, and two 1x1 convs are left, with the inner width
+    between them. One is left where it is cheaper: the inner width is half of the outer one or more,
+    or a 1x1 conv in the skip goes into it."""
+    timm_class = resnet.Bottleneck
+    why_not_prunable = staticmethod(PrunableBasicBlock.why_not_prunable)
+    skip_module, split = PrunableBasicBlock.skip_module, PrunableBasicBlock.split
+    rank = property(lambda self: self.conv3.in_channels)
+
+    @staticmethod
+    def why_not_reparam(block):
+        if block.se is not None:
+            return "squeeze-excite inside"
+        return why_not_composed((block.conv1, block.conv2, block.conv3),
+                                (block.bn1, block.bn2, block.bn3))
+
+    def ladder(self):
+        _, inputs, outputs, _ = self.shape()
+        one = is_conv1x1(self.downsample) or inputs * outputs <= self.rank * (inputs + outputs)
+        return ["1x1" if one else "lowrank"] + ["skip"] * (self.downsample is None)
+
+    def shape(self):
+        return self.conv2, self.conv1.in_channels, self.conv3.out_channels, 1
+
+    def last_act(self):
+        return self.act3
+
+    def reparam_layers(self, x, lam):
+        z = fade(self.act1, self.bn1(self.conv1(x)), lam)
+        z = self.drop_block(self.bn2(fade_taps(self.conv2, z, 1, lam)))
+        z = self.bn3(self.conv3(fade(self.act2, z, lam)))
+        return z if self.se is None else self.se(z)
+
+    def composed(self):
+        conv1, conv2, conv3 = (fuse_conv_bn_eval(conv, bn) for conv, bn in (
+            (self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)))
+        centre = torch.block_diag(*centre_taps(conv2.weight, 1).flatten(1).chunk(conv2.groups))
+        first, shift = compose((conv1.weight, conv1.bias), (centre, conv2.bias))
+        both, bias = compose((first, shift), weight_and_bias(conv3))
+        if self.rung == "1x1":
+            return [conv_like(self.conv2, both, bias)]
+        conv3.bias = nn.Parameter(bias)  # with all that is constant, as in the fitted form
+        return [conv_like(self.conv2, first, None), conv3]
+
 
 class PrunableInvertedResidual(PrunableConvs, _efficientnet_blocks.InvertedResidual):
     """1x1 conv-bn-act, depthwise conv-bn-act, 1x1 conv-bn (+ skip), merged into one dense conv: kxk
@@ -849,7 +909,8 @@ class PrunableAttention(Prunable, vision_transformer.Attention):
         return nn.Identity() if self.rung == "skip" else fold_norms(self.fitted["linear"])[0]
 
 
-FAMILIES = (PrunableBasicBlock, PrunableInvertedResidual, PrunableConvNeXtBlock, PrunableViTBlock)
+FAMILIES = (PrunableBasicBlock, PrunableBottleneck, PrunableInvertedResidual, PrunableConvNeXtBlock,
+            PrunableViTBlock)
 
 
 # ---- the fitted form in closed form --------------------------------------------------------------

@@ -8,6 +8,7 @@ import re
 import threading
 import weakref
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -17,7 +18,7 @@ from timm.layers import SqueezeExcite
 from timm.models import mlp_mixer
 from timm.models._efficientnet_blocks import InvertedResidual
 from timm.models.convnext import ConvNeXtBlock
-from timm.models.resnet import BasicBlock, downsample_avg, downsample_conv
+from timm.models.resnet import BasicBlock, Bottleneck, downsample_avg, downsample_conv
 from timm.models.vision_transformer import Attention, Block
 
 import blocks
@@ -39,7 +40,13 @@ both_forms = pytest.mark.parametrize("form", ["reparam", "fitted"])
 VIT32 = {"patch_size": 4, "img_size": 32}
 NARROW = (16, 24, 32, 48)
 # Networks as they are used, in the sizes that README.md names; a test that has one takes seconds
-LARGE = {"resnet34": {}, "mobilenetv2_100": {}, "convnext_tiny": {}, "deit_tiny_patch16_224": VIT32}
+LARGE = {
+    "resnet34": {},
+    "resnet50": {},
+    "mobilenetv2_100": {},
+    "convnext_tiny": {},
+    "deit_tiny_patch16_224": VIT32,
+}
 SMALL = {
     "test_resnet": {},
     "mobilenetv2_035": {},
@@ -52,6 +59,7 @@ SMALL = {
     "convnext_atto": {"conv_mlp": True, "dims": NARROW},
     "test_vit2": {"img_size": 32},
     "seresnet18": {"channels": NARROW},
+    "resnet26d": {"channels": NARROW},
     "efficientnet_b0": {},
     "convnextv2_atto": {"dims": NARROW},
     "naflexvit_base_patch16_gap": {"embed_dim": 48, "num_heads": 3, "depth": 3},
@@ -98,6 +106,12 @@ BLOCKS = {
     "basic, stride 2": lambda: BasicBlock(8, 12, stride=2, downsample=downsample("conv", 2)),
     "basic, wider": lambda: BasicBlock(8, 12, downsample=downsample("conv", 1)),
     "basic, resnet-d": lambda: BasicBlock(8, 12, stride=2, downsample=downsample("avg", 2)),
+    "bottleneck": lambda: Bottleneck(8, 2),
+    "bottleneck, dilated": lambda: Bottleneck(8, 2, dilation=2),
+    "bottleneck, stride 2": lambda: Bottleneck(8, 3, stride=2, downsample=downsample("conv", 2)),
+    "bottleneck, resnet-d": lambda: Bottleneck(8, 3, stride=2, downsample=downsample("avg", 2)),
+    "bottleneck, grouped": lambda: Bottleneck(8, 2, cardinality=2, base_width=32),
+    "bottleneck, resnext": lambda: Bottleneck(8, 2, cardinality=2),
     "inverted": lambda: inverted(act_layer=nn.ReLU6),
     "inverted, stride 2": lambda: inverted(12, stride=2, act_layer=nn.ReLU6),
     "inverted, no skip": lambda: inverted(noskip=True),
@@ -119,6 +133,7 @@ BLOCKS = {
 # What cannot be composed, and so is fitted in either form
 ONLY_FITTED = {
     "basic, squeeze-excite": lambda: BasicBlock(8, 8, attn_layer="se"),
+    "bottleneck, squeeze-excite": lambda: Bottleneck(8, 2, attn_layer="se"),
     "inverted, squeeze-excite": lambda: inverted(se_layer=SqueezeExcite),
     "convnext, GRN": lambda: ConvNeXtBlock(8, use_grn=True, ls_init_value=None),
     "vit, norm in its MLP": lambda: Block(8, 2, scale_mlp_norm=True),
@@ -135,6 +150,11 @@ def network_of(kind):
         return torch.randn(count, *shape, dtype=torch.float64)
 
     return nn.Sequential(BLOCKS[kind]()).double().eval(), inputs
+
+
+def without_last_act(block):
+    """What is fitted is before ResNet's last activation."""
+    setattr(block, "act3" if isinstance(block, Bottleneck) else "act2", nn.Identity())
 
 
 @torch.no_grad()
@@ -252,8 +272,14 @@ def test_every_timm_model_of_the_families(request, capsys):
     errors, refused = {}, []
     names = timm.list_models()
     if not request.config.getoption("--run-slow"):
-        four = {"resnet18", "semnasnet_050", "convnext_atto", "deit_tiny_patch16_224"}
-        names = sorted({*names[::80], *four})
+        of_each = {
+            "resnet18",
+            "resnet26",
+            "semnasnet_050",
+            "convnext_atto",
+            "deit_tiny_patch16_224",
+        }
+        names = sorted({*names[::80], *of_each})
     for name in names:
         try:
             model = create_on_meta(name)
@@ -333,7 +359,7 @@ def test_merged_block_is_the_trained_one(kind, end_act, form):
         if not kind.startswith("vit"):
             convs = [module for module in merged.modules() if isinstance(module, nn.Conv2d)]
             in_skip = "resnet-d" in kind
-            assert len(convs) == {"separable": 2, "skip": 0}.get(rung, 1) + in_skip
+            assert len(convs) == {"separable": 2, "lowrank": 2, "skip": 0}.get(rung, 1) + in_skip
             assert all(conv.weight.is_contiguous() for conv in convs)
     assert macs == sorted(macs, reverse=True) and len(set(macs)) == len(macs)
     if "TF" not in kind and form == "fitted" and "vit" not in kind:  # for all of the block
@@ -355,7 +381,11 @@ def test_where_end_activations_are_inserted_by_default(name, inserted, if_all):
         assert default_end_act(model, form, names) == if_all
 
 
-@pytest.mark.parametrize("kind", ["basic", "inverted", "inverted, stride 2", "convnext"])
+FITTED = ["basic", "bottleneck", "bottleneck, stride 2", "bottleneck, resnet-d"]
+FITTED += ["inverted", "inverted, stride 2", "convnext"]
+
+
+@pytest.mark.parametrize("kind", FITTED)
 @torch.no_grad()
 def test_lower_rungs_are_fitted_as_well_as_can_be(kind):
     """Planted in the place of the block, as a conv of that shape, they are found again; and a
@@ -363,7 +393,7 @@ def test_lower_rungs_are_fitted_as_well_as_can_be(kind):
     model, inputs = network_of(kind)
     make_prunable(model, "fitted", end_act=False)
     block, batch = model[0], inputs(32)
-    block.act2 = nn.Identity()
+    without_last_act(block)
     randomise(model, batch)
     wanted = model(batch)
     skip, _ = block.split(batch)
@@ -407,6 +437,39 @@ def test_separable_convs_are_solved_in_rounds():
         return (wrong * (gram @ wrong)).sum()
 
     assert error() < 1.05 * error(50) and error(1) > 1.2 * error(50)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.2])
+@torch.no_grad()
+def test_low_rank_is_the_best_of_that_rank(ridge):
+    """Against the SVD of the whitened problem, and solving both layers in turn from random ones."""
+    model, _ = network_of("bottleneck")
+    make_prunable(model, "fitted")
+    block, (root, cross), mean = model[0], torch.randn(2, 8, 8).double(), torch.ones(8).double()
+    gram = root @ root.T
+    whole = gram + ridge * gram.diagonal().diag()  # the error's inner product, ridge included
+    block.solve_rung("lowrank", mean, gram, cross, mean, ridge)
+    first, last, bn = block.fitted["lowrank"]
+    product = (last.weight.flatten(1) @ first.weight.flatten(1)).T
+    variance = (product * (gram @ product)).sum(0)
+    torch.testing.assert_close(bn.running_var, variance)
+    torch.testing.assert_close(bn.weight, (variance + bn.eps).sqrt())
+
+    white = np.linalg.inv(np.linalg.cholesky(whole.numpy()))
+    u, s, v = np.linalg.svd(white @ cross.numpy())
+    best = white.T @ (u[:, :2] * s[:2] @ v[:2])
+    torch.testing.assert_close(product, torch.from_numpy(best), rtol=1e-8, atol=1e-8)
+
+    def error(weight):
+        return (weight * (whole @ weight)).sum() - 2 * (weight * cross).sum()
+
+    for _ in range(3):
+        left = torch.randn(8, 2).double()
+        for _ in range(500):
+            right = torch.linalg.solve(left.T @ whole @ left, left.T @ cross)
+            left = torch.linalg.solve(whole, cross @ right.T) @ torch.linalg.inv(right @ right.T)
+        assert error(left @ right) >= error(product) - 1e-9 * error(product).abs()
+    assert error(left @ right) == pytest.approx(error(product).item(), rel=1e-3)
 
 
 @torch.no_grad()
@@ -471,10 +534,13 @@ def test_end_activation_is_there_when_asked_for(kind):
     assert not torch.equal(*outputs)
 
 
-def least_error(inputs, wanted):
-    """The least mean square error of `wanted`, as a linear function of `inputs` and a constant."""
+def least_error(inputs, wanted, rank=None):
+    """The least mean square error of `wanted`, as a linear function of `inputs`, of that rank, and a
+    constant."""
     inputs = nn.functional.pad(inputs, (0, 1), value=1.0)
     best = inputs @ torch.linalg.lstsq(inputs, wanted, driver="gelsd").solution
+    u, s, v = torch.linalg.svd(best - best.mean(0), full_matrices=False)  # by Eckart and Young
+    best = best.mean(0) + u[:, :rank] * s[:rank] @ v[:rank]
     return (best - wanted).square().mean().item()
 
 
@@ -486,13 +552,14 @@ def test_fit_is_least_squares(kind):
     model, inputs = network_of(kind)
     make_prunable(model, "fitted", end_act=False)
     block, batch = model[0], inputs(24)
-    block.act2 = nn.Identity()  # what is fitted is before ResNet's end activation
+    without_last_act(block)
     randomise(model, batch)
     expected = model(batch)
     skip, inside = block.split(batch)
     layers = block.reparam_layers(inside, 0)
     assert torch.equal(block.join(skip, layers, 0), expected)
-    least = least_error(block.linear_inputs(inside), blocks.pixel_rows(layers))
+    rank = block.rank if block.rung == "lowrank" else None
+    least = least_error(block.linear_inputs(inside), blocks.pixel_rows(layers), rank)
     for batches in ([batch], batch.split(5)):
         fit(model, ["0"], batches, ridge=1e-12)
         assert torch.equal(model(batch), expected)
@@ -513,7 +580,7 @@ def test_fit_in_turn_is_least_squares_on_what_each_block_will_get(name, attentio
     names = names[:5] if attention else names[::2]
     seen, found = {}, prunable_blocks(model)
     for key in names:
-        found[key].act2 = nn.Identity()  # what is fitted is before ResNet's end activation
+        without_last_act(found[key])
         found[key].register_forward_hook(
             lambda block, args, output, key=key: seen.update({key: (args[0], output)})
         )
@@ -631,7 +698,7 @@ def test_nothing_pruned_is_timm_bit_for_bit(name, train, form):
         assert torch.equal(copy.deepcopy(ours)(batch), expected)
 
 
-@pytest.mark.parametrize("name, count", [*zip(LARGE, (16, 16, 18, 12))])
+@pytest.mark.parametrize("name, count", [*zip(LARGE, (16, 16, 16, 18, 12))])
 def test_which_blocks_are_prunable(name, count):
     model = create_on_meta(name)
     names = make_prunable(model)
@@ -661,6 +728,7 @@ def test_lam_is_continuous(name, form, end_act):
 # The weights that the paper's form shares with the baseline block, and those that it must not use
 OWN_WEIGHTS = {
     "basic": ["conv1", "bn1", "conv2", "bn2"],
+    "bottleneck": ["conv1", "bn1", "conv2", "bn2", "conv3", "bn3"],
     "inverted": ["conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3"],
     "convnext": ["conv_dw", "norm_bn", "mlp.fc1", "mlp.fc2"],
     "convnext, conv mlp": ["conv_dw", "norm_bn", "mlp.fc1", "mlp.fc2"],
@@ -686,7 +754,7 @@ def test_the_paper_s_form_is_the_block_s_own_layers(kind):
         assert (after - before).abs().max() > 1e-3, name
         assert_same(model, merge(model), batch)
         before = after
-    if kind == "basic":
+    if kind in ("basic", "bottleneck"):
         outer = model[0].conv2.weight
         centre = outer[:, :, 1, 1].clone()
         outer.normal_()
@@ -698,7 +766,7 @@ def test_the_paper_s_form_is_the_block_s_own_layers(kind):
 
 
 @both_forms
-@pytest.mark.parametrize("kind", ["basic", "inverted", "convnext", "vit"])
+@pytest.mark.parametrize("kind", ["basic", "bottleneck", "inverted", "convnext", "vit"])
 def test_the_form_of_both_is_trained(kind, form):
     """Gradients reach the block's own weights in the paper's form, the new layers in the fitted."""
     model, inputs = network_of(kind)
@@ -717,6 +785,7 @@ def test_blocks_whose_own_layers_cannot_merge_are_fitted(kind):
     make_prunable(model, "reparam")
     why = {
         "basic, squeeze-excite": "squeeze-excite inside",
+        "bottleneck, squeeze-excite": "squeeze-excite inside",
         "inverted, squeeze-excite": "squeeze-excite inside",
         "convnext, GRN": "no plain MLP inside (GlobalResponseNormMlp)",
         "vit, norm in its MLP": "no plain MLP inside (Mlp)",
@@ -724,7 +793,7 @@ def test_blocks_whose_own_layers_cannot_merge_are_fitted(kind):
     assert model[0].rung in model[0].fitted and model[0].why_not_reparam(model[0]) == why[kind]
 
 
-@pytest.mark.parametrize("name, gmacs", [*zip(LARGE, (3.664, 0.301, 4.456, 1.254))])
+@pytest.mark.parametrize("name, gmacs", [*zip(LARGE, (3.664, 4.089, 0.301, 4.456, 1.254))])
 def test_cost_is_that_of_the_merged_network(name, gmacs):
     """The same in both forms: one subnet.json serves both."""
     model, size = create_on_meta(name), (3, 224, 224)
@@ -810,14 +879,16 @@ def test_merge_leaves_the_model_alone():
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["resnet50", "regnetx_002"])
+@pytest.mark.parametrize("name", ["regnety_002", "regnetx_002"])
 def test_a_model_without_prunable_block_is_refused(name):
     with pytest.raises(UserError, match="has no prunable block"):
         make_prunable(create_on_meta(name))
 
 
 def test_a_torchvision_model_is_refused():
-    with pytest.raises(UserError, match="ResNet has no prunable block; it is made of BasicBlock: use a timm"):
+    with pytest.raises(
+        UserError, match="ResNet has no prunable block; it is made of BasicBlock: use a timm"
+    ):
         make_prunable(torchvision.models.resnet18())
 
 
@@ -834,9 +905,9 @@ def test_the_new_layers_are_in_the_mode_of_the_model(train):
 def test_unknown_blocks_are_named():
     model = create("test_resnet")
     make_prunable(model)
-    known = "layer1.0, layer2.0, layer4.0"
-    with pytest.raises(UserError, match=f"no prunable block layer3.0; this model has {known}"):
-        set_subnet(model, ["layer1.0", "layer3.0"])
+    known = "layer1.0, layer2.0, layer3.0, layer4.0"
+    with pytest.raises(UserError, match=f"no prunable block layer5.0; this model has {known}"):
+        set_subnet(model, ["layer1.0", "layer5.0"])
 
 
 def test_blocks_that_cannot_merge_are_named_and_the_others_stay_prunable():

@@ -343,7 +343,6 @@ def test_models_that_do_not_take_rgb_or_give_no_logits(first, kwargs, text):
 @pytest.mark.parametrize(
     "name, reason",
     [
-        ("resnet50", "it is made of Bottleneck:"),
         ("regnety_002", "it is made of Bottleneck:"),
         ("swin_tiny_patch4_window7_224", "it is made of SwinTransformerBlock:"),
         ("vgg11", "VGG has no prunable block: use a timm model"),
@@ -357,15 +356,16 @@ def test_a_model_without_prunable_block_says_why(name, reason):
     assert reason in str(caught.value)
 
 
-def test_torchvision_s_weights_fit_timm_s_resnet(first):
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_torchvision_s_weights_fit_timm_s_resnet(first, name):
     """A model of torchvision is refused, with a word of this way."""
     torch.manual_seed(0)
-    theirs = torchvision.models.resnet18(num_classes=10)
+    theirs = getattr(torchvision.models, name)(num_classes=10)
     with pytest.raises(UserError, match="weights of torchvision's resnets fit timm's"):
         make_prunable(theirs)
     torch.save(theirs.state_dict(), "theirs.pth")
-    resnet18 = first.replace("test_resnet", "resnet18")
-    assert stage(f"{resnet18} {QUICK} --calibrate 0 --checkpoint theirs.pth") is None
+    first = first.replace("test_resnet", name)
+    assert stage(f"{first} {QUICK} --calibrate 0 --checkpoint theirs.pth") is None
     ours = blocks.build(blocks.read_checkpoint("runs/supernet.pt"), baseline=True)
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(ours(images), theirs.eval()(images), rtol=0, atol=1e-4)

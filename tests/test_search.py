@@ -234,7 +234,7 @@ def test_several_sizes_and_specs_of_ones_own(runs, tmp_path, capsys):
     with open(tmp_path / "net.search.csv", encoding="utf-8") as file:
         table = {row["prune"]: row for row in csv.DictReader(file)}
     columns = {"prune", "blocks", "loss", "top1", "generation", "params", "macs"}
-    assert len(table) == 7 and all(set(row) == columns for row in table.values())
+    assert len(table) == 14 and all(set(row) == columns for row in table.values())
     assert int(table[" ".join(specs[1]["prune"])]["macs"]) == specs[1]["merged"]["macs"]
     said = capsys.readouterr().out
     assert "only 20 held-out images: one of them is 5.0 points of top-1" in said
