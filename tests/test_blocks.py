@@ -753,6 +753,34 @@ def test_cost_where_a_parameter_is_an_input():
     assert all(parameter.requires_grad for parameter in vit.parameters())
 
 
+@both_forms
+@pytest.mark.parametrize("kind", [*BLOCKS, *FOUR])
+def test_nothing_stays_on_another_device(kind, form, monkeypatch):
+    """A prunable network can be moved. The meta device computes shapes only, but refuses tensors of
+    two devices, as CUDA does."""
+    if kind in BLOCKS:
+        model, inputs = network_of(kind)
+        batch = inputs().to("meta")
+    else:
+        model, batch = create(kind), images(32).to("meta")
+    end_act = None if "vit" in kind else True
+    names = make_prunable(model, form, end_act, attention=kind == "test_vit")[:3]
+    model.to("meta")
+    for lam in (0, 0.5, 1) if kind in BLOCKS else (0.5,):
+        set_subnet(model, names, lam)
+        for train in (True, False):
+            model.train(train)(batch).sum().backward()
+    # Nothing of meta is true or false, but the fit asks whether its numbers are finite
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda tensor: True)
+    fit(model, names, [batch, (batch, None)], in_turn=False)  # all rungs
+    ladders = {path: prunable_blocks(model)[path].rungs for path in names}
+    for rung in range(max(map(len, ladders.values()))):
+        prune = {path: rungs[min(rung, len(rungs) - 1)] for path, rungs in ladders.items()}
+        fit(model, prune, [batch, (batch, None)])
+        set_subnet(model, prune)
+        assert merge(model)(batch).shape == model(batch).shape
+
+
 def test_recalibration_forgets_what_was_before():
     model = create("test_convnext")
     names = make_prunable(model)
