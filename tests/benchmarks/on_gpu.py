@@ -64,7 +64,8 @@ class Full:
     stages["deit_tiny_patch16_224"] = "--model-kwargs patch_size=4"
     compiled = "convnext_atto deit_tiny_patch16_224"  # blocks of one shape each: it is quick
     flags, search = "--amp --batch-size 256 --workers 3", ""
-    epochs, seeds = (20, 8), 99  # of the baseline, of a subnet
+    epochs, seeds = (16, 6), 99  # of the baseline, of a subnet
+    precisions = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Tiny:
@@ -74,10 +75,11 @@ class Tiny:
     stages, compiled = {"test_resnet": ""}, ""
     flags, search = "--amp --batch-size 20 --workers 0", "--population 4 --generations 1"
     epochs, seeds = (1, 3), 1
+    precisions = {"fp16": torch.float16, "fp32": torch.float32}
 
 
 UNTIL = {"speed": 0.37, "tests": 0.95, "stages": 0.95, "evidence": 0.97}  # shares of --minutes
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+LAYOUT = {"memory_format": torch.channels_last}
 parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 flag = parser.add_argument
 flag("--images", help="a tar or folder with train/CLASS/* and val/CLASS/* (None: drawn pictures)")
@@ -167,12 +169,21 @@ def kill(line, part, folder, path):
 # ---- the parts -----------------------------------------------------------------------------------
 
 
+def random_images(batch):
+    images = torch.randn(batch, 3, plan.pixels, plan.pixels, device=device)
+    return images.to(**LAYOUT)
+
+
 @functools.cache
 def merged_networks(name):
-    """{"folded", "half", "all"}: the baseline with its BN folded, every other block pruned, all."""
+    """{"folded", "half", "all"}: the baseline with its BN folded, every other block pruned, all. Or
+    why the network is refused."""
     torch.manual_seed(0)
     model = timm.create_model(name).eval().to(device)
-    names, networks = make_prunable(model), {"folded": merge(model)}
+    try:
+        names, networks = make_prunable(model), {"folded": merge(model)}
+    except UserError as error:
+        return str(error).split(";")[0]
     for label, prune in (("half", names[::2]), ("all", names)):
         if default_end_act(model, "reparam", prune):  # as stage 3 does
             insert_end_acts(model)
@@ -182,13 +193,11 @@ def merged_networks(name):
 
 
 def time_networks(name, precision, compiled, batch):
-    dtype, row, networks = PRECISIONS[precision], {}, {}
-    try:
-        for label, network in merged_networks(name).items():
-            if not (compiled and label == "half"):
-                networks[label] = copy.deepcopy(network).to(dtype, memory_format=channels_last)
-    except UserError as error:
-        return {"result": f"refused: {str(error).split(';')[0]}"}
+    networks, dtype, row = merged_networks(name), plan.precisions[precision], {}
+    if isinstance(networks, str):
+        return {"result": f"refused: {networks}"}
+    labels = ("folded", "all") if compiled else ("folded", "half", "all")
+    networks = {label: copy.deepcopy(networks[label]).to(dtype).to(**LAYOUT) for label in labels}
     torch._dynamo.reset()
     for network in networks.values() if compiled else ():
         network.compile(dynamic=False, backend=plan.backend)
@@ -198,17 +207,9 @@ def time_networks(name, precision, compiled, batch):
         row |= {f"ms_{label}": 1e3 * seconds, f"speed_up_{label}": medians[0] / seconds}
         if device == "cuda":
             row[f"mb_{label}"] = fourth.peak_memory(network, images) / 1e6
-    text = [f"{row[f'speed_up_{label}']:.2f}x {label}" for label in list(networks)[1:]]
+    text = [f"{row[f'speed_up_{label}']:.2f}x {label}" for label in labels[1:]]
     text += [f"{row['mb_folded']:.0f} to {row['mb_all']:.0f} MB"] if device == "cuda" else []
     return row | {"result": ", ".join([f"{row['ms_folded']:.2f} ms", *text])}
-
-
-channels_last = torch.channels_last
-
-
-def random_images(batch):
-    images = torch.randn(batch, 3, plan.pixels, plan.pixels, device=device)
-    return images.to(memory_format=channels_last)
 
 
 def time_blocks(name):
@@ -223,7 +224,7 @@ def time_blocks(name):
 
 def speed():
     for compiled in (False, True):
-        cases = itertools.product(PRECISIONS, plan.batches, plan.models)
+        cases = itertools.product(plan.precisions, plan.batches, plan.models)
         for precision, batch, name in cases:
             what = f"{precision}, {'compiled' if compiled else 'eager'}"
             job = functools.partial(time_networks, name, precision, compiled, batch)
