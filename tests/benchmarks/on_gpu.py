@@ -75,7 +75,7 @@ class Tiny:
     stages, compiled = {"test_resnet": ""}, ""
     flags, search = "--amp --batch-size 20 --workers 0", "--population 4 --generations 1"
     epochs, seeds = (1, 3), 1
-    precisions = {"fp16": torch.float16, "fp32": torch.float32}
+    precisions = {"fp16": torch.float16}
 
 
 UNTIL = {"speed": 0.37, "tests": 0.95, "stages": 0.95, "evidence": 0.97}  # shares of --minutes
@@ -339,8 +339,9 @@ def main():
         for done in [pool.submit(job) for job in jobs]:
             done.result()
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    date = time.strftime("%Y-%m-%d")
     print(
-        f"\n{where}, torch {torch.__version__}, timm {timm.__version__}, {time.strftime('%Y-%m-%d')}"
+        f"\n{where}, torch {torch.__version__}, timm {timm.__version__}, {date}"
         f"{', --tiny' * args.tiny}, {time.time() - started:.0f} s; out of time:"
         f" {', '.join(f'{part} {late.count(part)}' for part in sorted({*late})) or 'nothing'}\n"
     )
