@@ -20,6 +20,8 @@ from timm.models._efficientnet_blocks import InvertedResidual
 from timm.models.convnext import ConvNeXtBlock
 from timm.models.resnet import BasicBlock, Bottleneck, downsample_avg, downsample_conv
 from timm.models.vision_transformer import Attention, Block
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import blocks
 from blocks import (
@@ -820,6 +822,49 @@ def test_cost_where_a_parameter_is_an_input():
     )
     assert cost(vit, (3, 32, 32))["macs"] > 0
     assert all(parameter.requires_grad for parameter in vit.parameters())
+
+
+class OneDevice(TorchDispatchMode):
+    """Refuses tensors of two devices, as CUDA does; meta does so in most operations, but not in
+    convolutions."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [x for x in tree_leaves((args, kwargs)) if torch.is_tensor(x) and x.ndim]
+        copies = ("aten::copy_", "aten::_to_copy")
+        assert func.name().split(".")[0] in copies or len({x.device for x in tensors}) < 2, func
+        return func(*args, **(kwargs or {}))
+
+
+@both_forms
+@pytest.mark.parametrize("kind", [*BLOCKS, *FOUR])
+def test_nothing_stays_on_another_device(kind, form, monkeypatch):
+    """A prunable network can be moved, before and after make_prunable. The meta device computes
+    shapes only."""
+    if kind in BLOCKS:
+        model, inputs = network_of(kind)
+        batch = inputs().to("meta")
+    else:
+        model, batch = create(kind), images(32).to("meta")
+    moved = copy.deepcopy(model).to("meta")
+    for network in (moved, model):
+        end_act = None if "vit" in kind else True
+        names = make_prunable(network, form, end_act, attention=kind == "test_vit")[:3]
+    assert all(tensor.is_meta for tensor in moved.state_dict().values())
+    model.to("meta")
+    # Nothing of meta is true or false, but the fit asks whether its numbers are finite
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda tensor: True)
+    with OneDevice():
+        for lam in (0, 0.5, 1) if kind in BLOCKS else (0.5,):
+            set_subnet(model, names, lam)
+            for train in (True, False):
+                model.train(train)(batch).sum().backward()
+        fit(model, names, [batch, (batch, None)], in_turn=False)  # all rungs
+        ladders = {path: prunable_blocks(model)[path].rungs for path in names}
+        for rung in range(max(map(len, ladders.values()))):
+            prune = {path: rungs[min(rung, len(rungs) - 1)] for path, rungs in ladders.items()}
+            fit(model, prune, [batch, (batch, None)])
+            set_subnet(model, prune)
+            assert merge(model)(batch).shape == model(batch).shape
 
 
 def test_recalibration_forgets_what_was_before():
