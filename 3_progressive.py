@@ -30,9 +30,9 @@ import torch
 import torch.nn.functional as F
 from timm.utils import random_seed
 
-from blocks import (UserError, answers, at_least, atomic_write, build, cost, default_end_act,
-                    evaluate, finish, fit, insert_end_acts, label_loss, logits_of, make_loader,
-                    make_prunable, merge, print_table, prunable_blocks, rank_and_world,
+from blocks import (BatchNorm, UserError, answers, at_least, atomic_write, build, cost,
+                    default_end_act, evaluate, finish, fit, insert_end_acts, label_loss, logits_of,
+                    make_loader, make_prunable, merge, print_table, prunable_blocks, rank_and_world,
                     read_checkpoint, read_subnet, recalibrate, run, run_flags, save, set_subnet,
                     spare_weights, start, train, training_flags)
 
@@ -48,6 +48,9 @@ flag("--epochs", type=at_least(0), default=6, help="epochs; 0 prunes without tra
 flag("--transition", type=share, metavar="R", help="share of the steps while lam goes from 0 to 1;"
      " 0 prunes directly (None: 0.25, of the fitted form 0.1)")
 flag("--distill", type=share, default=0.5, metavar="W", help="weight of the baseline's soft labels")
+flag("--features", action=argparse.BooleanOptionalAction, default=None,
+     help="learn the baseline's features before the pooling and no labels; BN statistics stay but"
+          " in pruned blocks of the reparam form (None: where stage 1 took weights)")
 flag("--form", choices=("reparam", "fitted"),
      help="of the pruned blocks (None: stage 1's; fitted with --epochs 0)")
 flag("--control", action=argparse.BooleanOptionalAction, default=None,
@@ -95,21 +98,28 @@ def plot(log, baseline, path):
         figure.savefig(temporary, dpi=150)
 
 
-def train_subnet(model, teacher, prune, loader, test, args, log, control=None, state=None):
+def train_subnet(model, teacher, prune, loader, test, args, log, still=(), control=None,
+                 state=None):
     """Trains `model` while the blocks `prune` (none: it is the control) go from lam = 0 to 1, on
-    the labels and the teacher's soft labels. Returns it and what test(model) finds."""
+    the teacher's features or on the labels and its soft labels. The BatchNorms `still` keep their
+    statistics. Returns it and what test(model) finds."""
     lam, steps = 0.0, args.epochs * len(loader)
 
     def step(images, labels, number):
         nonlocal lam
         lam = lam_at(number, steps, args.transition) if prune else 0.0
         set_subnet(model, prune, lam)
-        logits = logits_of(model, images, args.amp)
-        loss = label_loss(logits, labels, args.smoothing)
-        if args.distill:
+        outputs = logits_of(model, images, args.amp, args.features)
+        if args.features or args.distill:
             with torch.no_grad():
-                soft = logits_of(teacher, images, args.amp).softmax(-1)
-            loss = (1 - args.distill) * loss + args.distill * F.cross_entropy(logits, soft)
+                wanted = logits_of(teacher, images, args.amp, args.features)
+        if args.features:  # as a share of their variance
+            loss = F.mse_loss(outputs, wanted) / wanted.var()
+        else:
+            loss = label_loss(outputs, labels, args.smoothing)
+            if args.distill:
+                soft = F.cross_entropy(outputs, wanted.softmax(-1))
+                loss = (1 - args.distill) * loss + args.distill * soft
         loss.backward()
         return loss, {"lam": lam}
 
@@ -121,7 +131,7 @@ def train_subnet(model, teacher, prune, loader, test, args, log, control=None, s
     moving = {number for number in range(tenth - 1, steps, tenth)
               if prune and lam_at(number, steps, args.transition) < 1}
     return train(model, step, measure, loader, args, "subnet" if prune else "control",
-                 range(args.epochs), args.lr, log, HOLD, moving, state, control=control)
+                 range(args.epochs), args.lr, log, HOLD, moving, still, state, control=control)
 
 
 def main():
@@ -135,6 +145,11 @@ def main():
     teacher.to(device, memory_format=torch.channels_last)
     if args.epochs == 0 and (args.control or args.plot):
         raise UserError("--control and --plot show a training: give --epochs, too")
+    if args.features is None:
+        args.features = bool(checkpoint["flags"]["checkpoint"] or checkpoint["flags"]["pretrained"])
+    if args.features and args.control:
+        raise UserError("--control: where features are learned, the baseline itself is the control:"
+                        " leave it out, or give --no-features")
     form = args.form or (checkpoint["flags"]["form"] if args.epochs else "fitted")
     if args.transition is None:
         args.transition = 0.25 if form == "reparam" else 0.1
@@ -155,15 +170,28 @@ def main():
           f" {checkpoint['baseline']['top1']:.2f} %")
     fitted = [name for name, block in prunable_blocks(model).items()
               if name in prune and block.rung in block.fitted]
+    changed = {module for name, block in prunable_blocks(model).items()
+               for module in block.modules() if name in prune and name not in fitted}
+    still = []
+    if args.features and args.epochs:
+        still = [module for module in model.modules()
+                 if isinstance(module, BatchNorm) and module not in changed]
+        for path, module in model.named_modules() if prune else ():
+            if path in prune:
+                break
+            for weight in module.parameters(recurse=False):
+                weight.requires_grad_(False)
+        print(f"learning the baseline's features at a rate of {args.lr:g}; what is in front of the"
+              " first pruned block stays, and so do BN statistics")
     if form == "reparam" and fitted:
         print(f"of the fitted form: {' '.join(fitted)}")
     if args.control is None:  # who sees the drawn pictures sees that training alone helps there
         flags = checkpoint["flags"]
-        args.control = not flags["data_dir"] and not flags["dataset"]
+        args.control = not (flags["data_dir"] or flags["dataset"] or args.features)
     wanted = answers(teacher, val)
 
     def test(network):
-        return evaluate(network, val, split=True, unpruned=wanted)
+        return evaluate(network, val, split=True, logits=wanted)
 
     log, control = (state["log"], state["control"]) if state else ([], None)
     if state:
@@ -182,14 +210,13 @@ def main():
         lam = lam_at(0, args.epochs * len(loader), args.transition)
         set_subnet(model, prune, lam)
         batches = make_loader(data, "train", args.batch_size, device, limit=1024)
-        changed = {norm for name, block in prunable_blocks(model).items()
-                   for norm in block.modules() if name in prune and name not in fitted}
         recalibrate(model, batches, changed)
         result = test(model)
         print(f"at the start, with lam {lam:.3f}, top-1 {result['top1']:.2f} %, agreement"
               f" {result['agreement']:.2f} %")
     if args.epochs:
-        model, result = train_subnet(model, teacher, prune, loader, test, args, log, control, state)
+        model, result = train_subnet(model, teacher, prune, loader, test, args, log, still, control,
+                                     state)
         if args.plot and rank_and_world()[0] == 0:
             plot(log, checkpoint["baseline"]["top1"], os.path.splitext(args.out)[0] + ".png")
     model.cpu().eval()

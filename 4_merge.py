@@ -172,7 +172,7 @@ def main():
     facts, rows, wanted = [], [], answers(baseline.to(device), val)
     for name, network in networks.items():
         network.to(device, memory_format=torch.channels_last)  # faster for each of them
-        found = evaluate(network, val, unpruned=wanted)
+        found = evaluate(network, val, logits=wanted)
         facts.append({"network": name, **cost(network, data["input_size"]),
                       "top1": found["top1"], "agreement": found["agreement"]})
     for compiled in (False, True)[:1 + args.compile]:

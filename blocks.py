@@ -1258,12 +1258,13 @@ def spare_weights(args, stage1_flags, model, prune=()):
     are worth less than those that came with the weights. Nothing pruned, one epoch on 922 photos at
     1e-3 took top-1 of MobileNetV2 from 85 to 42 %, of EfficientNet-Lite0 from 87 to 70 %."""
     given = stage1_flags["checkpoint"] or stage1_flags["pretrained"]
+    features = getattr(args, "features", False)  # then all statistics stay
     if args.lr is None:
         args.lr = 1e-4 if given else 1e-3
-        if given and (args.epochs or getattr(args, "baseline_epochs", 0)):
+        if given and not features and (args.epochs or getattr(args, "baseline_epochs", 0)):
             print("given weights: learning rate 0.0001, BN statistics that pruning does not change"
                   " move by 1 % a step")
-    for path, module in model.named_modules() if given else ():
+    for path, module in model.named_modules() if given and not features else ():
         if path in prune:
             break
         if isinstance(module, BatchNorm):
@@ -1563,42 +1564,50 @@ def make_loader(data, part, batch_size, device, workers=0, limit=None, split=Fal
 
 
 @torch.no_grad()
-def answers(model, batches):
-    """The logits (B, classes) of each of `batches`, in float32 and eval mode, as a list."""
+def answers(model, batches, features=False):
+    """The logits (B, classes) of each of `batches`, or the features before the pooling, in float32
+    and eval mode, as a list."""
     model.eval()
-    return [model(images).float() for images, _ in progress_bar(batches, "unpruned")]
+    return [logits_of(model, images, False, features)
+            for images, _ in progress_bar(batches, "unpruned")]
 
 
 @torch.no_grad()
-def evaluate(model, batches, split=False, unpruned=None):
+def evaluate(model, batches, split=False, logits=None, features=None):
     """{"loss": mean cross entropy, "top1": %} over an iterable of (images, labels), in float32.
-    unpruned: that network's `answers` to these batches; then also {"agreement": %, how often top-1
-    is the same class, "kl": mean divergence from these answers}. split: each process has a part of
-    the batches, and gets the result of all."""
+    logits: the unpruned network's `answers`, for {"agreement": %, how often top-1 is the same
+    class, "kl": mean divergence}. features: likewise, for {"distance": the squared difference, as a
+    share of their variance}. split: each process has a part of the batches, and gets the result of
+    all."""
     model.eval()
-    sums = torch.zeros(5, dtype=torch.float64, device=next(model.parameters()).device)
+    sums = torch.zeros(6, dtype=torch.float64, device=next(model.parameters()).device)
     for i, (images, labels) in enumerate(progress_bar(batches, "evaluate")):
-        logits = model(images).float()
-        wanted = unpruned[i] if unpruned else logits
-        sums[0] += F.cross_entropy(logits, labels, reduction="sum")
-        sums[1] += (logits.argmax(1) == labels).sum()
-        sums[2] += (logits.argmax(1) == wanted.argmax(1)).sum()
-        sums[3] += F.kl_div(logits.log_softmax(1), wanted.log_softmax(1), reduction="sum",
-                            log_target=True)
-        sums[4] += len(labels)
+        found = model.forward_features(images)
+        if features:
+            sums[4] += len(labels) * F.mse_loss(found.float(), features[i]) / features[i].var()
+        found = model.forward_head(found).float()
+        sums[0] += F.cross_entropy(found, labels, reduction="sum")
+        sums[1] += (found.argmax(1) == labels).sum()
+        if logits:
+            sums[2] += (found.argmax(1) == logits[i].argmax(1)).sum()
+            sums[3] += F.kl_div(found.log_softmax(1), logits[i].log_softmax(1), reduction="sum",
+                                log_target=True)
+        sums[5] += len(labels)
     if split:
         all_reduce_mean([sums])
-    loss, correct, same, kl, count = sums.tolist()
+    loss, correct, same, kl, distance, count = sums.tolist()
     return {"loss": loss / count, "top1": 100 * correct / count,
-            **({"agreement": 100 * same / count, "kl": kl / count} if unpruned else {})}
+            **({"agreement": 100 * same / count, "kl": kl / count} if logits else {}),
+            **({"distance": distance / count} if features else {})}
 
 
 # ---- what the stages share: training -------------------------------------------------------------
 
-def logits_of(network, images, amp):
-    """Logits (B, classes) in float32; with `amp` the network computes in bfloat16."""
+def logits_of(network, images, amp, features=False):
+    """Logits (B, classes) in float32, or the features before the pooling; with `amp` the network
+    computes in bfloat16."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
-        return network(images).float()
+        return (network.forward_features if features else network)(images).float()
 
 
 def label_loss(logits, labels, smoothing):
@@ -1607,14 +1616,15 @@ def label_loss(logits, labels, smoothing):
 
 
 def train(model, step, measure, loader, args, name, epochs, peak, log, hold=0.0, rows_at=(),
-          state=None, **kept):
+          still=(), state=None, **kept):
     """Trains `model` and returns it, or with --ema the average of its weights, and what
     measure(network) finds, as after every epoch: {"top1": %, …}.
 
     step(images, labels, number) leaves the gradients of a step, and returns its loss and what else
     its row of the log has. epochs: a range. peak: the highest rate, which is held for a share of
-    `hold` of the steps. rows_at: numbers of steps inside of epochs that get rows, too. After every
-    epoch OUT.last gets `kept` and what `state` goes on from: the same bits as if never killed."""
+    `hold` of the steps. rows_at: numbers of steps inside of epochs that get rows, too. still:
+    modules that stay in eval mode. After every epoch OUT.last gets `kept` and what `state` goes on
+    from: the same bits as if never killed."""
     if not epochs:
         return model, measure(model)
     device, (rank, world), steps = loader.device, rank_and_world(), len(epochs) * len(loader)
@@ -1669,6 +1679,8 @@ def train(model, step, measure, loader, args, name, epochs, peak, log, hold=0.0,
                            epochs.stop - epoch if epoch == first else 0)
         started = time.time()
         model.train()
+        for module in still:
+            module.eval()
         for number, (images, labels) in enumerate(bar, done * len(loader)):
             scheduler.step_update(min(number, warmup) + max(0, number - hold))
             loss, shown = step(*(mixup(images, labels) if mixup else (images, labels)), number)

@@ -62,12 +62,16 @@ def assert_error(said, *texts):
 
 @pytest.mark.parametrize("given", [True, False])
 def test_given_weights_are_trained_at_a_rate_that_keeps_them(first, given, tmp_path, capsys):
-    """By stages 1 and 3, which say so; what is trained here keeps the higher rate."""
+    """By stages 1 and 3, which say so; what is trained here keeps the higher rate. Without labels,
+    stage 3 has nothing to teach a network of which nothing is pruned."""
     torch.save(weights_of("test_resnet"), "mine.pth")
     few = "--img-size 32 --calibrate 16 --epochs 1 --baseline-epochs 1"
     assert stage(f"{first} {few} {'--checkpoint mine.pth' * given}") is None
     write_spec(tmp_path / "none.json", [])
     assert stage("3_progressive.py --subnet none.json --epochs 1") is None
+    subnet = blocks.read_checkpoint("runs/subnet.pt")
+    assert subnet["flags"]["features"] == given and (subnet["subnet"]["agreement"] == 100) >= given
+    assert stage("3_progressive.py --subnet none.json --epochs 1 --no-features") is None
     said = "given weights: learning rate 0.0001, BN statistics that pruning does not change"
     assert capsys.readouterr().out.count(said) == 2 * given
     after = blocks.read_checkpoint("runs/subnet.pt")["state_dict"]["bn1.running_mean"]

@@ -200,10 +200,11 @@ def test_scores_are_the_same_bits_in_any_order(name, form, attention, max_bytes)
     def from_scratch(candidate):
         set_subnet(model, search_script.to_prune(candidate, rungs))
         recalibrate(model, calibration)
-        return evaluate(model, held_out)
+        return search_script.ranking(evaluate(model, held_out, features=features))
 
+    features = blocks.answers(model, held_out, features=True) if form == "fitted" else None
     right = {candidate: from_scratch(candidate) for candidate in candidates}
-    score = search_script.make_score(model, rungs, calibration, held_out, max_bytes)
+    score = search_script.make_score(model, rungs, calibration, held_out, max_bytes, features)
     for order in (candidates, candidates[::-1], sorted(candidates)):
         for candidate in order:
             assert score(candidate) == right[candidate]

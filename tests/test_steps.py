@@ -3,15 +3,16 @@ lines that compute it anew. The optimiser is plain SGD, so that an update tells 
 
 import argparse
 import copy
+import itertools
 import os
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, load, one_network, rows, shell, stage
+from conftest import ROOT, load, one_network, rows, shell, stage, write_spec
 
 import blocks
-from blocks import make_loader, make_prunable, prunable_blocks, set_subnet
+from blocks import fit, make_loader, make_prunable, prunable_blocks, set_subnet
 
 CPU = torch.device("cpu")
 # A step per epoch; the first one of "momentum" has none yet
@@ -59,6 +60,49 @@ def test_a_step_of_the_third_stage(own_runs, clip):
     norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
     assert norm > 0.02
     assert_update(model, after["state_dict"], 0.5 * min(1, clip / norm.item()))
+
+
+@one_network
+@pytest.mark.parametrize("form", ["reparam", "fitted"])
+def test_a_step_that_learns_features(own_runs, form):
+    """Labels do not count. What is in front of the first pruned block stays, and so do all BN
+    statistics but those of the pruned blocks' own layers."""
+    model, supernet = load("runs/supernet.pt")
+    names = list(prunable_blocks(model))[1:3]
+    for name, value in supernet["baseline_state_dict"].items():
+        if name.endswith(("bn2.weight", "bn3.weight")):  # after two epochs they are still near 0
+            value.fill_(1)
+    blocks.save(supernet, "runs/supernet.pt")
+    spec = write_spec(own_runs / "two.json", names)
+    flags = f"--features --lr 0.5 --clip-grad inf --transition 0 --form {form} --calibrate 64"
+    assert stage(f"3_progressive.py {ONE_STEP} {flags} --subnet {spec}") is None
+    after = blocks.read_checkpoint("runs/subnet.pt")
+    teacher = blocks.build(supernet, baseline=True)
+    model = blocks.build(supernet, baseline=True)
+    make_prunable(model, form, end_act=after["end_act"])
+    if form == "fitted":
+        fit(model, names, make_loader(supernet["data"], "train", 180, CPU, limit=64))
+    set_subnet(model, names)
+    pruned = [model.get_submodule(name) for name in names]
+    own = {module for block in pruned for module in block.modules()} if form == "reparam" else {}
+    for module in in_training(model).modules():
+        if isinstance(module, blocks.BatchNorm) and module not in own:
+            module.eval()
+    images, _ = only_batch(supernet)
+    with torch.no_grad():
+        wanted = teacher.forward_features(images)
+    found = model.forward_features(images)
+    ((found - wanted).square().mean() / wanted.var()).backward()
+    front = list(
+        itertools.takewhile(lambda name: not name.startswith(names[0]), after["state_dict"])
+    )
+    for name, value in supernet["baseline_state_dict"].items():
+        still = "running" in name and (form == "fitted" or not name.startswith(tuple(names)))
+        if name in front or name.startswith("fc.") or still:
+            assert torch.equal(after["state_dict"][name], value), name
+    for name, weight in model.named_parameters():
+        weight.grad = None if name in front else weight.grad
+    assert_update(model, after["state_dict"], 0.5)
 
 
 @one_network
