@@ -44,10 +44,10 @@ from timm.layers import to_2tuple
 from timm.utils import ParseKwargs, random_seed
 
 from blocks import (UserError, answers, at_least, check_finite, cost, create_model, evaluate,
-                    fingerprint, finish, fit, label_loss, logits_of, make_loader, make_prunable,
-                    merge, open_dataset, print_table, progress_bar, prunable_blocks, rank_and_world,
-                    recalibrate, run, run_flags, samples_of, save, set_subnet, spare_weights, start,
-                    train, training_flags)
+                    fingerprint, finish, fit, label_loss, make_loader, make_prunable, merge,
+                    open_dataset, outputs_of, print_table, progress_bar, prunable_blocks,
+                    rank_and_world, recalibrate, run, run_flags, samples_of, save, set_subnet,
+                    spare_weights, start, train, training_flags)
 
 parser = argparse.ArgumentParser(description="Stage 1 of 4: trains a supernet.",
                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -333,11 +333,11 @@ def sandwich(model, blocks, loader, epochs, args, teacher=None):
         if number % len(loader) == 0:  # each epoch, so that a killed run goes on alike
             rng.seed(f"{args.seed}/{epochs[number // len(loader)]}")
         set_subnet(model, [])
-        logits = logits_of(model, images, args.amp)
+        logits = outputs_of(model, images, args.amp)[1]
         loss, soft = label_loss(logits, labels, args.smoothing), logits.detach().softmax(-1)
         if teacher:
             with torch.no_grad():
-                soft = logits_of(teacher, images, args.amp).softmax(-1)
+                soft = outputs_of(teacher, images, args.amp)[1].softmax(-1)
             loss = (loss + F.cross_entropy(logits, soft)) / 2
         loss.backward()
         subnets = [blocks] if blocks else []
@@ -345,7 +345,7 @@ def sandwich(model, blocks, loader, epochs, args, teacher=None):
             subnets.append(rng.sample(blocks, rng.randint(1, len(blocks) - 1)))
         for prune in subnets:
             set_subnet(model, prune)
-            F.cross_entropy(logits_of(model, images, args.amp), soft).backward()
+            F.cross_entropy(outputs_of(model, images, args.amp)[1], soft).backward()
         return loss, {}
     return step
 

@@ -31,11 +31,12 @@ import torch.nn.functional as F
 from timm.utils import random_seed
 
 from blocks import (BatchNorm, UserError, answers, at_least, atomic_write, build, cost,
-                    default_end_act, evaluate, finish, fit, insert_end_acts, label_loss, logits_of,
-                    make_loader, make_prunable, merge, print_table, prunable_blocks, rank_and_world,
-                    read_checkpoint, read_subnet, recalibrate, run, run_flags, save, set_subnet,
-                    spare_weights, start, train, training_flags)
+                    default_end_act, distance, evaluate, finish, fit, insert_end_acts, label_loss,
+                    make_loader, make_prunable, merge, outputs_of, print_table, prunable_blocks,
+                    rank_and_world, read_checkpoint, read_subnet, recalibrate, run, run_flags, save,
+                    set_subnet, spare_weights, start, train, training_flags)
 
+FEATURES = 5  # weight of the features' distance beside the cross entropy of the answers
 HOLD = 0.5  # share of the steps at the full rate: it should not fall before lam is 1
 parser = argparse.ArgumentParser(description="Stage 3 of 4: trains the subnet from lam = 0 to 1.",
                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -49,8 +50,9 @@ flag("--transition", type=share, metavar="R", help="share of the steps while lam
      " 0 prunes directly (None: 0.25, of the fitted form 0.1)")
 flag("--distill", type=share, default=0.5, metavar="W", help="weight of the baseline's soft labels")
 flag("--features", action=argparse.BooleanOptionalAction, default=None,
-     help="learn the baseline's features before the pooling and no labels; BN statistics stay but"
-          " in pruned blocks of the reparam form (None: where stage 1 took weights)")
+     help="learn the baseline's answers and its features before the pooling, and no labels; BN"
+          " statistics stay but in pruned blocks of the reparam form (None: where stage 1 took"
+          " weights)")
 flag("--form", choices=("reparam", "fitted"),
      help="of the pruned blocks (None: stage 1's; fitted with --epochs 0)")
 flag("--control", action=argparse.BooleanOptionalAction, default=None,
@@ -101,25 +103,24 @@ def plot(log, baseline, path):
 def train_subnet(model, teacher, prune, loader, test, args, log, still=(), control=None,
                  state=None):
     """Trains `model` while the blocks `prune` (none: it is the control) go from lam = 0 to 1, on
-    the teacher's features or on the labels and its soft labels. The BatchNorms `still` keep their
-    statistics. Returns it and what test(model) finds."""
+    the teacher's answers and features, or on the labels and these answers. The BatchNorms `still`
+    keep their statistics. Returns it and what test(model) finds."""
     lam, steps = 0.0, args.epochs * len(loader)
 
     def step(images, labels, number):
         nonlocal lam
         lam = lam_at(number, steps, args.transition) if prune else 0.0
         set_subnet(model, prune, lam)
-        outputs = logits_of(model, images, args.amp, args.features)
+        features, logits = outputs_of(model, images, args.amp)
         if args.features or args.distill:
             with torch.no_grad():
-                wanted = logits_of(teacher, images, args.amp, args.features)
-        if args.features:  # as a share of their variance
-            loss = F.mse_loss(outputs, wanted) / wanted.var()
+                wanted, soft = outputs_of(teacher, images, args.amp)
+            soft = F.cross_entropy(logits, soft.softmax(-1))
+        if args.features:
+            loss = soft + FEATURES * distance(features, wanted)
         else:
-            loss = label_loss(outputs, labels, args.smoothing)
-            if args.distill:
-                soft = F.cross_entropy(outputs, wanted.softmax(-1))
-                loss = (1 - args.distill) * loss + args.distill * soft
+            loss = label_loss(logits, labels, args.smoothing)
+            loss = (1 - args.distill) * loss + args.distill * soft if args.distill else loss
         loss.backward()
         return loss, {"lam": lam}
 
@@ -181,8 +182,8 @@ def main():
                 break
             for weight in module.parameters(recurse=False):
                 weight.requires_grad_(False)
-        print(f"learning the baseline's features at a rate of {args.lr:g}; what is in front of the"
-              " first pruned block stays, and so do BN statistics")
+        print(f"learning the baseline's answers and features at a rate of {args.lr:g}; what is in"
+              " front of the first pruned block stays, and so do BN statistics")
     if form == "reparam" and fitted:
         print(f"of the fitted form: {' '.join(fitted)}")
     if args.control is None:  # who sees the drawn pictures sees that training alone helps there

@@ -1568,7 +1568,7 @@ def answers(model, batches, features=False):
     """The logits (B, classes) of each of `batches`, or the features before the pooling, in float32
     and eval mode, as a list."""
     model.eval()
-    return [logits_of(model, images, False, features)
+    return [outputs_of(model, images)[0 if features else 1]
             for images, _ in progress_bar(batches, "unpruned")]
 
 
@@ -1582,32 +1582,37 @@ def evaluate(model, batches, split=False, logits=None, features=None):
     model.eval()
     sums = torch.zeros(6, dtype=torch.float64, device=next(model.parameters()).device)
     for i, (images, labels) in enumerate(progress_bar(batches, "evaluate")):
-        found = model.forward_features(images)
-        if features:
-            sums[4] += len(labels) * F.mse_loss(found.float(), features[i]) / features[i].var()
-        found = model.forward_head(found).float()
+        seen, found = outputs_of(model, images)
         sums[0] += F.cross_entropy(found, labels, reduction="sum")
         sums[1] += (found.argmax(1) == labels).sum()
         if logits:
             sums[2] += (found.argmax(1) == logits[i].argmax(1)).sum()
             sums[3] += F.kl_div(found.log_softmax(1), logits[i].log_softmax(1), reduction="sum",
                                 log_target=True)
+        if features:
+            sums[4] += len(labels) * distance(seen, features[i])
         sums[5] += len(labels)
     if split:
         all_reduce_mean([sums])
-    loss, correct, same, kl, distance, count = sums.tolist()
+    loss, correct, same, kl, apart, count = sums.tolist()
     return {"loss": loss / count, "top1": 100 * correct / count,
             **({"agreement": 100 * same / count, "kl": kl / count} if logits else {}),
-            **({"distance": distance / count} if features else {})}
+            **({"distance": apart / count} if features else {})}
 
 
 # ---- what the stages share: training -------------------------------------------------------------
 
-def logits_of(network, images, amp, features=False):
-    """Logits (B, classes) in float32, or the features before the pooling; with `amp` the network
-    computes in bfloat16."""
+def outputs_of(network, images, amp=False):
+    """A timm network's features before the pooling, and its logits (B, classes), in float32; with
+    `amp` the network computes in bfloat16."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
-        return (network.forward_features if features else network)(images).float()
+        features = network.forward_features(images)
+        return features.float(), network.forward_head(features).float()
+
+
+def distance(features, wanted):
+    """The mean squared difference of features, as a share of the variance of the wanted ones."""
+    return F.mse_loss(features, wanted) / wanted.var()
 
 
 def label_loss(logits, labels, smoothing):
