@@ -9,6 +9,7 @@ from.
     python 3_progressive.py --epochs 0                           # no training
     python 3_progressive.py --epochs 30 --lr 5e-4
     python 3_progressive.py --control --plot     # beside the baseline, trained on for as long
+    python 3_progressive.py --no-features        # labels, too, though stage 1 took weights
     python 3_progressive.py --transition 0                       # direct pruning, to compare with
     python 3_progressive.py --subnet my.json --supernet runs/supernet.pt
     torchrun --nproc-per-node 8 3_progressive.py --amp --workers 8
@@ -17,8 +18,10 @@ It starts from the baseline's own weights. `lam`, the paper's λ, of the pruned 
 every step over the first --transition of the steps, fast at first and slowly near 1, where a little
 more costs most; after that it stays 1. The learning rate is held for the first half of the steps
 and falls to 0 by a cosine after that: it should not fall before lam is 1. The unpruned baseline's
-outputs serve as soft labels. With --epochs 0, and with --form fitted before anything else, the
-pruned blocks are fitted to the baseline in closed form, on --calibrate training images.
+outputs serve as soft labels; where stage 1 took weights, which know more than the images at hand,
+they and the features before the pooling are all that is learned (--features). With --epochs 0, and
+with --form fitted before anything else, the pruned blocks are fitted to the baseline in closed
+form, on --calibrate training images.
 """
 import argparse
 import copy
