@@ -542,6 +542,7 @@ def main():
     trained = checkpoint["flags"]["epochs"] or not checkpoint["flags"]["calibrate"]
     calibration, held_out = [images for images, _ in calibration] if trained else [], list(held_out)
     # And the distance to the baseline's features ranks better than few labels, and needs none
+    set_subnet(model, [])
     features = None if trained else answers(model, held_out, features=True)
     score_alone = make_score(model, blocks, calibration, held_out, features=features)
 

@@ -312,6 +312,24 @@ def test_photos_without_labels_need_weights_that_fit(first, flags):
     assert_error(said, "the train images are in no class folders: that needs weights of these")
 
 
+def test_features_are_those_of_the_unpruned_network(first, tmp_path, capsys):
+    """Also where specs of one's own are scored: with nothing pruned the distance is 0."""
+    weights = weights_of("test_resnet")
+    for name in weights:
+        if name.endswith(("bn2.weight", "bn3.weight")):  # timm's blocks begin as their skips
+            weights[name].fill_(1)
+    torch.save(weights, "mine.pth")
+    assert stage(f"{first} {QUICK} --checkpoint mine.pth") is None
+    write_spec(tmp_path / "one.json", ["layer1.0"])
+    assert stage("2_search.py --score one.json") is None
+    lines = capsys.readouterr().out.splitlines()
+    unpruned, scored = (
+        next(line for line in lines if line.startswith(name))
+        for name in ("nothing pruned", "one.json")
+    )
+    assert unpruned.split()[-2] == "0.0000" and scored.split()[-2] != "0.0000"
+
+
 def test_agreement_is_with_the_unpruned_network(own_runs):
     """And stands in the files of stages 3 and 4."""
     checkpoint = blocks.read_checkpoint("runs/subnet.pt")
