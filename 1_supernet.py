@@ -368,7 +368,8 @@ def main():
                             " these classes (--checkpoint, --pretrained), for answers in the place"
                             " of labels")
         images = make_loader({**data, "holdout": torch.tensor([])}, part, 64, device, args.workers)
-        data["answers"][part] = torch.cat([logits.argmax(1) for logits in answers(model, images)])
+        found = torch.cat([logits.argmax(1) for logits in answers(model, images)])
+        data["answers"][part] = found.cpu()  # loaders' processes read it
         print(f"the {part} images have no labels: the given weights' answers take their place")
     loader = make_loader(data, "train", args.batch_size, device, args.workers, augment=args)
     val = make_loader(data, "val", args.batch_size, device, args.workers, split=True)

@@ -553,7 +553,8 @@ def main():
 
     def fitted_in_turn(candidate):
         """The score of a subnet of an untrained supernet as stage 3 fits it."""
-        copied, prune = build(checkpoint).to(device), to_prune(candidate, blocks)
+        copied, prune = build(checkpoint), to_prune(candidate, blocks)
+        copied.to(device, memory_format=torch.channels_last)
         fit(copied, prune, make_loader(data, "train", args.batch_size, device, args.workers,
                                        args.calibrate, split=True))
         set_subnet(copied, prune)

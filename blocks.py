@@ -1667,7 +1667,8 @@ def train(model, step, measure, loader, args, name, epochs, peak, log, hold=0.0,
         return {"train_loss": loss.item(), "images_per_s": round(speed, 1)}
 
     def write(row, result):
-        found = {key: value for key, value in result.items() if key[:4] in ("top1", "agre")}
+        found = {key: value for key, value in result.items()
+                 if "top1" in key or key == "agreement"}
         log.append({**row, **{f"val_{key}": value for key, value in found.items()}})
         save(log, os.path.splitext(args.out)[0] + ".csv")
         print(f"{name} {row['epoch']}/{len(epochs)}  step {row['step']}/{steps}",
