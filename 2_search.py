@@ -44,10 +44,10 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from blocks import (UserError, answers, at_least, atomic_write, build, cost, evaluate, finish, fit,
-                    latencies, make_loader, merge, outermost, print_table, progress_bar,
-                    prunable_blocks, rank_and_world, read_checkpoint, read_subnet, recalibrate, run,
-                    run_flags, save, set_subnet, start)
+from blocks import (UserError, answers, at_least, atomic_write, bn_statistics, build, cost,
+                    evaluate, finish, fit, latencies, make_loader, merge, not_fitted, outermost,
+                    print_table, progress_bar, prunable_blocks, rank_and_world, read_checkpoint,
+                    read_subnet, recalibrate, run, run_flags, save, set_subnet, start)
 
 parser = argparse.ArgumentParser(description="Stage 2 of 4: searches for the blocks to prune.",
                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -326,10 +326,11 @@ def make_budget(kind, value, blocks, baseline, unpruned, savings):
 
 # ---- scores --------------------------------------------------------------------------------------
 
-def make_score(model, blocks, calibration, held_out, max_bytes=2**31, features=None):
+def make_score(model, blocks, calibration, held_out, max_bytes=2**31, features=None, unpruned=None):
     """score(candidate) -> {"loss", "top1"} on `held_out`, a list of (images, labels), with BN
-    statistics of `calibration`, a list of images. The loss is that of the labels or, given the
-    unpruned network's `features`, the distance to them.
+    statistics of `calibration`, a list of images, or the `unpruned` network's, moved by what
+    changes on them. The loss is that of the labels or, given the unpruned network's `features`,
+    the distance to them.
 
     Blocks do not run again as long as all up to them are pruned as in the candidate before: their
     outputs are kept, if they fit in `max_bytes`. The scores are the same bits, and come faster if
@@ -365,7 +366,7 @@ def make_score(model, blocks, calibration, held_out, max_bytes=2**31, features=N
         set_subnet(model, to_prune(candidate, blocks))
         if calibration:
             still = {norm for module in list(modules.values())[:same] for norm in module.modules()}
-            recalibrate(model, numbered(calibration, 0), set(model.modules()) - still)
+            recalibrate(model, numbered(calibration, 0), set(model.modules()) - still, unpruned)
         return ranking(evaluate(model, numbered(held_out, len(calibration)), features=features))
     return score
 
@@ -538,13 +539,15 @@ def main():
     count = len(held_out.dataset)
     if count < 200:
         print(f"only {count} held-out images: one of them is {100 / count:.1f} points of top-1")
-    # Of an untrained supernet all statistics are the baseline's and the fit's own: they are right
     trained = checkpoint["flags"]["epochs"] or not checkpoint["flags"]["calibrate"]
-    calibration, held_out = [images for images, _ in calibration] if trained else [], list(held_out)
-    # And the distance to the baseline's features ranks better than few labels, and needs none
-    set_subnet(model, [])
-    features = None if trained else answers(model, held_out, features=True)
-    score_alone = make_score(model, blocks, calibration, held_out, features=features)
+    held_out, features, unpruned_bn = list(held_out), None, None
+    calibration = [images for images, _ in (calibration if trained else held_out)]
+    if not trained:  # the baseline's statistics and features are worth more than few labels
+        set_subnet(model, [])
+        features = answers(model, held_out, features=True)
+        unpruned_bn = bn_statistics(model, calibration)
+    score_alone = make_score(model, blocks, calibration, held_out, features=features,
+                             unpruned=unpruned_bn)
 
     def score(candidate):
         saved = [savings[name][gene] for name, gene in zip(blocks, candidate)]
@@ -558,6 +561,7 @@ def main():
         fit(copied, prune, make_loader(data, "train", args.batch_size, device, args.workers,
                                        args.calibrate, split=True))
         set_subnet(copied, prune)
+        recalibrate(copied, calibration, not_fitted(copied), unpruned_bn)
         return ranking(evaluate(copied, held_out, features=features))
 
     def row(name, s):

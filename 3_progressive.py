@@ -33,11 +33,12 @@ import torch
 import torch.nn.functional as F
 from timm.utils import random_seed
 
-from blocks import (BatchNorm, UserError, answers, at_least, atomic_write, build, cost,
-                    default_end_act, distance, evaluate, finish, fit, insert_end_acts, label_loss,
-                    make_loader, make_prunable, merge, outputs_of, print_table, prunable_blocks,
-                    rank_and_world, read_checkpoint, read_subnet, recalibrate, run, run_flags, save,
-                    set_subnet, spare_weights, start, train, training_flags)
+from blocks import (BatchNorm, UserError, answers, at_least, atomic_write, bn_statistics, build,
+                    cost, default_end_act, distance, evaluate, finish, fit, insert_end_acts,
+                    label_loss, make_loader, make_prunable, merge, not_fitted, outputs_of,
+                    print_table, prunable_blocks, rank_and_world, read_checkpoint, read_subnet,
+                    recalibrate, run, run_flags, save, set_subnet, spare_weights, start, train,
+                    training_flags)
 
 FEATURES = 5  # weight of the features' distance beside the cross entropy of the answers
 HOLD = 0.5  # share of the steps at the full rate: it should not fall before lam is 1
@@ -214,7 +215,7 @@ def main():
         lam = lam_at(0, args.epochs * len(loader), args.transition)
         set_subnet(model, prune, lam)
         batches = make_loader(data, "train", args.batch_size, device, limit=1024)
-        recalibrate(model, batches, changed)
+        recalibrate(model, batches, not_fitted(model), bn_statistics(teacher, batches))
         result = test(model)
         print(f"at the start, with lam {lam:.3f}, top-1 {result['top1']:.2f} %, agreement"
               f" {result['agreement']:.2f} %")

@@ -570,28 +570,52 @@ def images_in(batch):
 
 
 @torch.no_grad()
-def recalibrate(model, batches, norms=None):
+def recalibrate(model, batches, norms=None, unpruned=None):
     """Sets the statistics of the BNs `norms` (None: of all) to the average over `batches` (as for
     `fit`), whatever they were before; those of BNs that do not run stay. Leaves the model in eval
-    mode.
+    mode. unpruned: the `bn_statistics` of the unpruned network on the same batches: they then move
+    by what pruning changes on the batches, as few images tell a change better than a statistic.
 
     Like torch.optim.swa_utils.update_bn, but only the BNs are in train mode: drop-path and dropout
     stay off."""
     model.eval()
-    norms = {module: module.momentum for module in model.modules()
+    paths = {path: module for path, module in model.named_modules()
              if isinstance(module, BatchNorm) and (norms is None or module in norms)}
-    for bn in norms:
+    momenta = {bn: bn.momentum for bn in paths.values()}
+    for bn in momenta:
         bn.running_mean.nan_to_num_(0, 0, 0)  # the average starts with 0 times it, NaN would stay
         bn.running_var.nan_to_num_(0, 0, 0)
         bn.num_batches_tracked.zero_()
         bn.momentum = None  # cumulative average
         bn.train()
-    for number, images in enumerate(map(images_in, batches) if norms else ()):
+    for number, images in enumerate(map(images_in, batches) if momenta else ()):
         if len(images) > 1 or number == 0:  # one image may end as one pixel, which has no variance
             model(images)
-    for bn, momentum in norms.items():
+    for bn, momentum in momenta.items():
         bn.momentum = momentum
         bn.eval()
+    for path, bn in paths.items() if unpruned else ():
+        if path not in unpruned or not bn.num_batches_tracked:
+            continue
+        (mean, var), (seen_mean, seen_var) = unpruned[path]
+        bn.running_mean.sub_(seen_mean).add_(mean)  # so what does not change stays bit for bit
+        bn.running_var.add_(bn.eps).div_(seen_var + bn.eps).mul_(var)
+
+
+def bn_statistics(unpruned, batches):
+    """{path of each BN: ((mean, variance), the same on `batches`)}, for `recalibrate`."""
+    own, seen = copy.deepcopy(unpruned), copy.deepcopy(unpruned)
+    recalibrate(seen, batches)
+    return {path: tuple((bn.running_mean, bn.running_var) for bn in (module, other))
+            for (path, module), other in zip(own.named_modules(), seen.modules())
+            if isinstance(module, BatchNorm)}
+
+
+def not_fitted(model):
+    """All modules but fitted layers, of which the BNs have the statistics of their fit."""
+    fitted = {module for block in prunable_blocks(model).values()
+              for module in block.fitted.modules()}
+    return set(model.modules()) - fitted
 
 
 # ---- the other families --------------------------------------------------------------------------
@@ -1576,9 +1600,8 @@ def answers(model, batches, features=False):
 def evaluate(model, batches, split=False, logits=None, features=None):
     """{"loss": mean cross entropy, "top1": %} over an iterable of (images, labels), in float32.
     logits: the unpruned network's `answers`, for {"agreement": %, how often top-1 is the same
-    class, "kl": mean divergence}. features: likewise, for {"distance": the squared difference, as a
-    share of their variance}. split: each process has a part of the batches, and gets the result of
-    all."""
+    class, "kl": mean divergence}. features: likewise, for {"distance": 1 - their correlation}.
+    split: each process has a part of the batches, and gets the result of all."""
     model.eval()
     sums = torch.zeros(6, dtype=torch.float64, device=next(model.parameters()).device)
     for i, (images, labels) in enumerate(progress_bar(batches, "evaluate")):
@@ -1590,7 +1613,7 @@ def evaluate(model, batches, split=False, logits=None, features=None):
             sums[3] += F.kl_div(found.log_softmax(1), logits[i].log_softmax(1), reduction="sum",
                                 log_target=True)
         if features:
-            sums[4] += len(labels) * distance(seen, features[i])
+            sums[4] += len(labels) * uncorrelated(seen, features[i])
         sums[5] += len(labels)
     if split:
         all_reduce_mean([sums])
@@ -1613,6 +1636,15 @@ def outputs_of(network, images, amp=False):
 def distance(features, wanted):
     """The mean squared difference of features, as a share of the variance of the wanted ones."""
     return F.mse_loss(features, wanted) / wanted.var()
+
+
+def uncorrelated(features, wanted):
+    """1 - the correlation of features (B, …) with the wanted ones, each less its mean over B: it
+    compares networks that are far off, of which the squared difference prefers those that say
+    nothing."""
+    a, b = ((x - x.mean(0)).flatten(1) for x in (features, wanted))
+    both, ours, theirs = torch.stack([(a * b).sum(1), (a * a).sum(1), (b * b).sum(1)], 1).sum(0)
+    return (1 - both / (ours * theirs).sqrt().clamp(min=1e-12)).clamp(min=0)
 
 
 def label_loss(logits, labels, smoothing):

@@ -895,6 +895,48 @@ def test_recalibration_takes_what_it_gets():
     assert torch.equal(model.layer1[0].bn1.running_mean, mean)
 
 
+def test_statistics_move_by_what_pruning_changes():
+    """Not at all where it changes nothing, nor those of fitted layers."""
+    model, batches = create("test_resnet"), [images(32), images(33)]
+    names = make_prunable(model, "fitted")
+    randomise(model, images(32))
+    before = blocks.bn_statistics(model, batches)
+    recalibrate(model, batches, unpruned=before)
+    for path, (own, _) in before.items():
+        bn = model.get_submodule(path)
+        assert torch.equal(bn.running_mean, own[0]) and torch.equal(bn.running_var, own[1])
+    set_subnet(model, names[:1])
+    fitted = [copy.deepcopy(model.get_submodule(name).fitted) for name in names]
+    recalibrate(model, batches, blocks.not_fitted(model), before)
+    moved = {
+        path: (bn.running_mean.clone(), bn.running_var.clone())
+        for path in before
+        for bn in [model.get_submodule(path)]
+    }
+    for name, layers in zip(names, fitted):
+        after = model.get_submodule(name).fitted.state_dict()
+        assert all(torch.equal(after[key], value) for key, value in layers.state_dict().items())
+    recalibrate(model, batches, blocks.not_fitted(model))
+    behind = names[-1] + ".bn1"
+    (mean, var), (seen_mean, seen_var) = before[behind]
+    bn = model.get_submodule(behind)
+    assert not torch.allclose(moved[behind][0], mean)
+    torch.testing.assert_close(moved[behind][0], mean + bn.running_mean - seen_mean)
+    ratio = (bn.running_var + bn.eps) / (seen_var + bn.eps)
+    torch.testing.assert_close(moved[behind][1], var * ratio)
+
+
+def test_the_distance_of_features_prefers_no_silence():
+    """The squared difference does: half of the right features are not better than none."""
+    wanted = torch.randn(8, 5, 3, 3)
+    wrong = torch.randn(8, 5, 3, 3)
+    silent, good, bad = (
+        blocks.uncorrelated(x, wanted) for x in (0 * wanted + 7, 3 * wanted + wrong, wrong)
+    )
+    assert silent == 1 and good < 0.1 and 0.5 < bad
+    assert blocks.uncorrelated(2 * wanted + 1, wanted) < 1e-6
+
+
 def test_dropout_and_drop_path_are_off_while_recalibrating():
     model = create("test_vit", drop_path_rate=0.5, proj_drop_rate=0.5)
     names = make_prunable(model)

@@ -199,12 +199,17 @@ def test_scores_are_the_same_bits_in_any_order(name, form, attention, max_bytes)
 
     def from_scratch(candidate):
         set_subnet(model, search_script.to_prune(candidate, rungs))
-        recalibrate(model, calibration)
+        recalibrate(model, calibration, unpruned=unpruned)
         return search_script.ranking(evaluate(model, held_out, features=features))
 
-    features = blocks.answers(model, held_out, features=True) if form == "fitted" else None
+    features = unpruned = None
+    if form == "fitted":
+        features = blocks.answers(model, held_out, features=True)
+        unpruned = blocks.bn_statistics(model, calibration)
     right = {candidate: from_scratch(candidate) for candidate in candidates}
-    score = search_script.make_score(model, rungs, calibration, held_out, max_bytes, features)
+    score = search_script.make_score(
+        model, rungs, calibration, held_out, max_bytes, features, unpruned
+    )
     for order in (candidates, candidates[::-1], sorted(candidates)):
         for candidate in order:
             assert score(candidate) == right[candidate]
