@@ -22,9 +22,9 @@ the merged network. First every block is pruned alone, at each of its rungs: wha
 the genetic algorithm where to save. A candidate's score is its loss on training images that stage 1
 held back, after the BN statistics of a trained supernet were recalibrated, always from scratch and
 on the same images: no score depends on what was scored before. Of a supernet without training it is
-the distance to the unpruned network's features, which needs no labels, and the best few are fitted
-in turn and scored again before one is picked. Where no more subnets keep to the budget than would
-be scored anyway, all of them are, and the best is the true optimum.
+how little the features correlate with the unpruned network's, which needs no labels, and the best
+few are fitted in turn and scored again before one is picked. Where no more subnets keep to the
+budget than would be scored anyway, all of them are, and the best is the true optimum.
 """
 import argparse
 import contextlib

@@ -51,14 +51,14 @@ flag("--data-dir", metavar="DIR", help="where the images are (None: where stage 
 # training
 flag("--epochs", type=at_least(0), default=6, help="epochs; 0 prunes without training")
 flag("--transition", type=share, metavar="R", help="share of the steps while lam goes from 0 to 1;"
-     " 0 prunes directly (None: 0.25, of the fitted form 0.1)")
+     " 0 prunes directly (None: 0.25, of the fitted form 0.1, with --features 0)")
 flag("--distill", type=share, default=0.5, metavar="W", help="weight of the baseline's soft labels")
 flag("--features", action=argparse.BooleanOptionalAction, default=None,
      help="learn the baseline's answers and its features before the pooling, and no labels; BN"
           " statistics stay but in pruned blocks of the reparam form (None: where stage 1 took"
           " weights)")
 flag("--form", choices=("reparam", "fitted"),
-     help="of the pruned blocks (None: stage 1's; fitted with --epochs 0)")
+     help="of the pruned blocks (None: stage 1's; fitted with --features and with --epochs 0)")
 flag("--control", action=argparse.BooleanOptionalAction, default=None,
      help="train the unpruned baseline for as long, too, to compare with (None: for the drawn"
           " pictures of stage 1 only)")
@@ -108,7 +108,7 @@ def train_subnet(model, teacher, prune, loader, test, args, log, still=(), contr
                  state=None):
     """Trains `model` while the blocks `prune` (none: it is the control) go from lam = 0 to 1, on
     the teacher's answers and features, or on the labels and these answers. The BatchNorms `still`
-    keep their statistics. Returns it and what test(model) finds."""
+    keep the statistics that they have. Returns it and what test(model) finds."""
     lam, steps = 0.0, args.epochs * len(loader)
 
     def step(images, labels, number):
@@ -155,9 +155,10 @@ def main():
     if args.features and args.control:
         raise UserError("--control: where features are learned, the baseline itself is the control:"
                         " leave it out, or give --no-features")
-    form = args.form or (checkpoint["flags"]["form"] if args.epochs else "fitted")
+    few = args.features or not args.epochs  # images, for the paper's form
+    form = args.form or ("fitted" if few else checkpoint["flags"]["form"])
     if args.transition is None:
-        args.transition = 0.25 if form == "reparam" else 0.1
+        args.transition = 0.25 if form == "reparam" else 0.0 if args.features else 0.1
     make_prunable(model, form, False, checkpoint["attention"])
     set_subnet(model, subnet["prune"])  # raises for an unknown block
     prune = {name: block.rung for name, block in prunable_blocks(model).items()

@@ -13,11 +13,7 @@ from matplotlib.patches import Rectangle
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 COLOURS = {"layer": "#9ecae1", "norm": "#a1d99b", "act": "#fdae6b", "merged": "#6baed6"}
-FORMS = {
-    "paper's form": ("o", "tab:blue"),
-    "fitted form": ("s", "tab:orange"),
-    "paper's form, ladder": ("^", "tab:green"),
-}
+FORMS = {"paper's form": "o", "fitted form": "s"}
 EXPAND = (("1×1", "layer"), ("BN", "norm"), ("ReLU6", "act"))
 DEPTHWISE = (("dw", "layer"), ("BN", "norm"), ("ReLU6", "act"))
 INVERTED_RESIDUAL = (*EXPAND, *DEPTHWISE, ("1×1", "layer"), ("BN", "norm"))
@@ -72,41 +68,26 @@ def blocks_picture(path):
 def curves_picture(path):
     with open(os.path.join(HERE, "results", "first-screen.csv"), encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    networks = list(dict.fromkeys(row["network"] for row in rows))
-    figure = Figure((8, 10), layout="constrained", facecolor="white")
-    panels = figure.subplots(3, 2).flat
-    for network, axes in zip(networks, panels):
+    figure = Figure((8, 5.5), layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    for number, network in enumerate(dict.fromkeys(row["network"] for row in rows)):
         mine = [row for row in rows if row["network"] == network]
-        for form, (marker, colour) in FORMS.items():
+        control = float(next(row["top-1"] for row in mine if row["form"] == "control"))
+        for form, marker in FORMS.items():
             some = [row for row in mine if row["form"] == form]
             if not some:
                 continue
-            ms, top1 = ([float(row[key]) for row in some] for key in ("ms, batch 16", "top-1"))
+            faster = [float(row["speed-up, batch 1"].rstrip("x")) for row in some]
+            lost = [float(row["top-1"]) - control for row in some]
+            label = f"{network}, {form}: {some[0]['data']}"
+            style = {"marker": marker, "color": f"C{number}", "capsize": 3, "markersize": 8}
+            style["linestyle"] = "-" if marker == "o" else "--"
             deviations = [float(row["sd"] or 0) for row in some]
-            style = {"marker": marker, "color": colour, "capsize": 3}
-            axes.errorbar(ms, top1, deviations, **style, label=f"pruned, {form}")
-            if form == "fitted form" and network != networks[0]:
-                continue  # its points are beside those of the paper's form
-            place = {"xytext": (-70, 9) if "ladder" in form else (6, -12), "fontsize": 13}
-            for row, *point in zip(some, ms, top1):
-                axes.annotate(row["pruned"], point, textcoords="offset points", **place)
-        for form, marker in (("control", "*"), ("baseline", "x")):
-            row = next(row for row in mine if row["form"] == form)
-            if form == "baseline" and network == networks[0]:
-                continue  # 72.8 %, among 1000 classes; the others have learnt that it is ten
-            label = "control: baseline,\ntrained as long" if form == "control" else "baseline"
-            point = float(row["ms, batch 16"]), float(row["top-1"])
-            axes.plot(*point, marker, color="black", markersize=11, label=label)
-        axes.set_title(f"{network}\n{mine[0]['data']}", fontsize=14)
-        axes.tick_params(labelsize=13)
-        axes.margins(x=0.1, y=0.2)
-        axes.set_xlim(left=0)
-        axes.grid(alpha=0.3)
-    for axes in panels:
-        axes.axis("off")
-    figure.axes[5].legend(*figure.axes[2].get_legend_handles_labels(), loc="center", fontsize=13)
-    figure.supxlabel("latency of 16 images (ms), 2 CPU cores", fontsize=15)
-    figure.supylabel("val top-1 (%)", fontsize=15)
+            axes.errorbar([1, *faster], [0, *lost], [0, *deviations], **style, label=label)
+    axes.set_xlabel("times faster than the baseline, one image, 2 CPU cores")
+    axes.set_ylabel("val top-1, points above the control")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9)
     figure.savefig(path, dpi=110)
 
 

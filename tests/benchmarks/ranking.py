@@ -1,6 +1,7 @@
 """By what subnets of a network with given weights should be ranked: the loss of a few labels, the
-divergence (KL) from the unpruned network's answers, or the distance to its features? Kendall's tau
-of each with what random subnets within a budget are worth on the val images, fitted in turn.
+divergence (KL) from the unpruned network's answers, or how little the features correlate with its
+own? Kendall's tau of each with the top-1, agreement and KL that random subnets within a budget have
+on the val images, fitted in turn, as they are and with BN statistics that moved.
 
     python 1_supernet.py --model ... --checkpoint ... --data-dir ... --epochs 0
     python tests/benchmarks/ranking.py --macs 0.9 --out ranking.csv
@@ -58,6 +59,7 @@ def main():
         result = blocks.evaluate(model, photos[n], logits=answers[n], features=features[n])
         return {f"{key} on {n}": value for key, value in result.items()}
 
+    statistics = blocks.bn_statistics(model, photos[args.images[0]])
     # What each gene costs by itself tells where a random subnet saves, as in the search
     alone = [[1e-3] * size for size in sizes]
     for i, name in enumerate(rungs):
@@ -73,28 +75,37 @@ def main():
         prune = stage2.to_prune(repair((0,) * len(sizes), rng, alone), rungs)
         if number < len(rows):
             continue
-        blocks.set_subnet(model, prune)
         row = {"prune": " ".join(f"{name}:{rung}" for name, rung in prune.items())}
-        row.update({f"alone, {key}": v for n in args.images for key, v in found(model, n).items()})
-        fitted = network()
-        blocks.fit(fitted, prune, images("train", args.calibrate))
-        blocks.set_subnet(fitted, prune)
-        n = args.images[0]
-        row.update({f"in turn, {key}": v for key, v in found(fitted, n).items()})
-        rows.append({**row, **found(fitted, "val")})
+        for way in ("alone", "in turn"):
+            pruned, norms, first = network(), None, args.images[0]
+            if way == "in turn":
+                blocks.fit(pruned, prune, images("train", args.calibrate))
+                norms = blocks.not_fitted(pruned)
+            blocks.set_subnet(pruned, prune)
+            for moved in ("", ", statistics moved"):
+                if moved:
+                    blocks.recalibrate(pruned, photos[first], norms, statistics)
+                for n in args.images if way == "alone" else [first]:
+                    row.update({f"{way}{moved}, {key}": v for key, v in found(pruned, n).items()})
+                if way == "in turn":
+                    row.update({key + moved: v for key, v in found(pruned, "val").items()})
+        rows.append(row)
         blocks.save(rows, args.out)
+        print(f"{number + 1:3}  {row['agreement on val, statistics moved']:.1f} %  {row['prune']}")
+    for moved in ("", ", statistics moved"):
+        goals = [
+            [float(row[f"{key} on val{moved}"]) for row in rows]
+            for key in ("top1", "agreement", "kl")
+        ]
         print(
-            f"{number + 1:3}  {rows[-1]['agreement on val']:.1f} % of answers kept  {row['prune']}"
+            f"mean of {len(rows)} subnets, fitted in turn{moved}: top-1, agreement, KL",
+            *(f"{sum(goal) / len(goal):.2f}" for goal in goals),
         )
-    print(f"Kendall's tau of {len(rows)} subnets with val top-1, agreement and KL after the fit")
-    for key in rows[0]:
-        if any(word in key for word in ("loss on", "kl on", "distance on")) and "val" not in key:
-            column = [float(row[key]) for row in rows]
-            goals = [
-                [float(row[f"{goal} on val"]) for row in rows] for goal in ("top1", "agreement")
-            ]
-            goals += [[-float(row["kl on val"]) for row in rows]]
-            print(f"{key:26}", *(f"{-kendall(column, goal):5.2f}" for goal in goals))
+        for key in rows[0]:
+            if "val" not in key and key.split(" on ")[0].endswith(("loss", "kl", "distance")):
+                column = [float(row[key]) for row in rows]
+                taus = [-kendall(column, goal) for goal in goals[:2]] + [kendall(column, goals[2])]
+                print(f"{key:40}", *(f"{tau:5.2f}" for tau in taus))
 
 
 if __name__ == "__main__":
