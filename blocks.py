@@ -1,13 +1,12 @@
 """Prunable CNN and ViT blocks, and what the four stages share.
 
-UPDP prunes depth: it replaces whole blocks of a network by smaller ones that merge into one layer
-each (Liu et al., "UPDP: A Unified Progressive Depth Pruner for CNN and Vision Transformer", AAAI
-2024). Every prunable block has a baseline form and a pruned one, and `lam`, the paper's λ, leads
-from one to the other:
+UPDP prunes depth: it replaces whole blocks of a network by smaller ones that merge into one or two
+layers each (Liu et al., "UPDP: A Unified Progressive Depth Pruner for CNN and Vision Transformer",
+AAAI 2024). `lam`, the paper's λ, leads from a block's baseline form to its pruned one:
 
-    lam = 0   the baseline block: timm's own forward, bit for bit
-    lam = 1   the pruned block: linear up to its last activation (in a ViT: the MLP half), so that
-              `fuse()` can make plain layers of it, with norms and skip folded in, exactly
+    lam = 0   timm's own forward, bit for bit
+    lam = 1   linear up to its last activation (in a ViT: the MLP half), so that `fuse()` can make
+              plain layers of it, with norms and skip folded in, exactly
 
 The pruned block comes in two forms, which merge into layers of the same shape:
 
@@ -18,16 +17,8 @@ The pruned block comes in two forms, which merge into layers of the same shape:
               reproduce the block's output. lam blends the outputs. It prunes without training, and
               takes blocks whose own layers cannot be merged (squeeze-excite).
 
-    timm class                    reparam form, lam = 1              ladder
-    resnet.BasicBlock             conv1, bn1, centre of conv2, bn2   dense, 1x1, skip
-    resnet.Bottleneck             the same, conv3, bn3               lowrank or 1x1, skip
-    InvertedResidual              its convs and BNs                  dense, separable, 1x1, skip
-    convnext.ConvNeXtBlock        conv_dw, BatchNorm, γ, fc2, fc1    separable, depthwise, skip
-    vision_transformer.Block      BatchNorm, fc2, fc1 for the MLP    linear, skip
-    vision_transformer.Attention  fitted only, if asked for          linear, skip
-
-The ladder's names, its rungs, say what a block merges into; `skip` is nothing beside the skip. The
-first rung is the paper's. Lower ones are always fitted, each cheaper than the one before.
+What a block merges into is a rung of its ladder (README.md lists them). The first is the paper's,
+lower ones are always fitted, each cheaper than the one before; `skip` is nothing beside the skip.
 
 In this file: λ; what all blocks share, and one family whole; networks, and how they merge; the
 other families; the fit; then what the stages share: costs, files, start-up, images, training.
@@ -133,7 +124,7 @@ class Prunable:
     is pruned to: of the fitted form if `self.fitted` has layers for that rung, else of the paper's.
     A family names its timm class and has
 
-        skip_module()            the skip; None where there is none
+        skip_module()            the skip; None, as by default, where there is none
         reparam_layers(x, lam)   the block's own layers beside the skip: at 0 timm's, at 1 linear
         composed()               those at lam = 1, in eval mode, as a list of plain layers
         fitted_layers(rung)      new linear layers and a BatchNorm for each rung but "skip", a list
@@ -155,9 +146,13 @@ class Prunable:
         return blend(lambda: self.join(skip, self.reparam_layers(inside, 0, **attn_args), 0),
                      lambda: self.join(skip, on_rows(self.fitted[self.rung], inside), 1), self.lam)
 
-    def split(self, x):
+    def skip_module(self):
+        return None
+
+    def split(self, x, **attn_args):
         """(skip, inside): what both forms are added to, and what their layers work on."""
-        return 0 if self.skip_module() is None else self.skip_module()(x), x
+        skip = self.skip_module()
+        return 0 if skip is None else skip(x), x
 
     def join(self, skip, branch, lam):
         """The block's output, from its skip and what is beside it."""
@@ -321,18 +316,40 @@ def pixel_rows(x):
     return (x.movedim(1, -1) if x.ndim == 4 else x).flatten(0, -2)
 
 
-def why_not_composed(convs, norms):
-    """Why convs, each with a norm behind it, cannot be composed, or None."""
-    if any(type(conv) not in (nn.Conv2d, Conv2dSame) or conv.bias is not None for conv in convs):
-        return "convs with a bias, or of another kind, inside"
-    if not all(isinstance(norm, BatchNorm) for norm in norms):
-        return "no BatchNorm inside"
-
-
 class PrunableConvs(Prunable):
-    """What blocks have in common that are pruned to convs. `self.shape()` is a conv whose stride
-    the new ones have, their channels in and out, and the kernel size of a dense one; `self.rank`
-    the channels between the two of "lowrank"."""
+    """What blocks have in common that are made of convs, each with a norm behind it, and pruned to
+    convs. `convs` names theirs. `self.shape()` is a conv whose stride the new ones have, their
+    channels in and out, and the kernel size of a dense one; `self.rank` the channels between the
+    two of "lowrank"."""
+
+    @classmethod
+    def own_layers(cls, block):
+        """Pairs of a conv and the norm behind it."""
+        return [(getattr(block, conv), getattr(block, f"bn{i}")) for i, conv in
+                enumerate(cls.convs, 1)]
+
+    @classmethod
+    def why_not_prunable(cls, block):
+        if not isinstance(block.aa, nn.Identity):
+            return "anti-aliasing inside"
+        plain = all(isinstance(conv, nn.Conv2d) for conv, _ in cls.own_layers(block))
+        if getattr(block, "conv_s2d", None) or not plain:
+            return "convs of another kind inside (mixed, conditional, space-to-depth)"
+
+    @classmethod
+    def why_not_reparam(cls, block):
+        if not isinstance(block.se, (nn.Identity, type(None))):
+            return "squeeze-excite inside"
+        convs, norms = zip(*cls.own_layers(block))
+        if any(type(conv) not in (nn.Conv2d, Conv2dSame) or conv.bias is not None
+               for conv in convs):
+            return "convs with a bias, or of another kind, inside"
+        if not all(isinstance(norm, BatchNorm) for norm in norms):
+            return "no BatchNorm inside"
+
+    def folded(self):
+        """The block's own convs, with their BatchNorms folded in."""
+        return [fuse_conv_bn_eval(conv, bn) for conv, bn in self.own_layers(self)]
 
     def fitted_layers(self, rung):
         like, inputs, outputs, size = self.shape()
@@ -388,16 +405,7 @@ class PrunableBasicBlock(PrunableConvs, resnet.BasicBlock):
     than both: so conv2 shrinks to its centre tap, and the two are one 3x3 conv, at half the
     cost."""
     timm_class = resnet.BasicBlock
-
-    @staticmethod
-    def why_not_prunable(block):
-        return None if isinstance(block.aa, nn.Identity) else "anti-aliasing inside"
-
-    @staticmethod
-    def why_not_reparam(block):
-        if block.se is not None:
-            return "squeeze-excite inside"
-        return why_not_composed((block.conv1, block.conv2), (block.bn1, block.bn2))
+    convs = "conv1", "conv2"
 
     def ladder(self):
         return ["dense", "1x1"] + ["skip"] * (self.downsample is None)
@@ -408,9 +416,6 @@ class PrunableBasicBlock(PrunableConvs, resnet.BasicBlock):
     def skip_module(self):
         return nn.Identity() if self.downsample is None else self.downsample
 
-    def split(self, x):
-        return x if self.downsample is None else self.downsample(x), x
-
     def last_act(self):
         return self.act2
 
@@ -420,8 +425,7 @@ class PrunableBasicBlock(PrunableConvs, resnet.BasicBlock):
         return z if self.se is None else self.se(z)
 
     def composed(self):
-        conv1 = fuse_conv_bn_eval(self.conv1, self.bn1)
-        conv2 = fuse_conv_bn_eval(self.conv2, self.bn2)
+        conv1, conv2 = self.folded()
         centre = centre_taps(conv2.weight, 1).flatten(1), conv2.bias
         return [conv_like(self.conv1, *compose((conv1.weight, conv1.bias), centre))]
 
@@ -602,16 +606,9 @@ class PrunableBottleneck(PrunableConvs, resnet.Bottleneck):
     between them. One is left where it is cheaper: the inner width is half of the outer one or more,
     or a 1x1 conv in the skip goes into it."""
     timm_class = resnet.Bottleneck
-    why_not_prunable = staticmethod(PrunableBasicBlock.why_not_prunable)
-    skip_module, split = PrunableBasicBlock.skip_module, PrunableBasicBlock.split
+    convs = "conv1", "conv2", "conv3"
+    skip_module = PrunableBasicBlock.skip_module
     rank = property(lambda self: self.conv3.in_channels)
-
-    @staticmethod
-    def why_not_reparam(block):
-        if block.se is not None:
-            return "squeeze-excite inside"
-        return why_not_composed((block.conv1, block.conv2, block.conv3),
-                                (block.bn1, block.bn2, block.bn3))
 
     def ladder(self):
         _, inputs, outputs, _ = self.shape()
@@ -631,8 +628,7 @@ class PrunableBottleneck(PrunableConvs, resnet.Bottleneck):
         return z if self.se is None else self.se(z)
 
     def composed(self):
-        conv1, conv2, conv3 = (fuse_conv_bn_eval(conv, bn) for conv, bn in (
-            (self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)))
+        conv1, conv2, conv3 = self.folded()
         centre = torch.block_diag(*centre_taps(conv2.weight, 1).flatten(1).chunk(conv2.groups))
         first, shift = compose((conv1.weight, conv1.bias), (centre, conv2.bias))
         both, bias = compose((first, shift), weight_and_bias(conv3))
@@ -650,25 +646,15 @@ class PrunableInvertedResidual(PrunableConvs, _efficientnet_blocks.InvertedResid
     So this shift fades out as well, and BN2 absorbs it: at lam = 1 nothing that is padded carries a
     constant, and borders are exact."""
     timm_class = _efficientnet_blocks.InvertedResidual
+    convs = "conv_pw", "conv_dw", "conv_pwl"
 
-    @staticmethod
-    def why_not_prunable(block):
-        convs = block.conv_pw, block.conv_dw, block.conv_pwl
-        if not isinstance(block.aa, nn.Identity):
-            return "anti-aliasing inside"
-        if block.conv_s2d is not None or not all(isinstance(conv, nn.Conv2d) for conv in convs):
-            return "convs of another kind inside (mixed, conditional, space-to-depth)"
-
-    @staticmethod
-    def why_not_reparam(block):
-        pw, dw, pwl = block.conv_pw, block.conv_dw, block.conv_pwl
-        if not isinstance(block.se, nn.Identity):
-            return "squeeze-excite inside"
-        if not PrunableInvertedResidual.merged_size(block):
+    @classmethod
+    def why_not_reparam(cls, block):
+        if not cls.merged_size(block):
             return "a dense 3x3 conv would be more expensive"
-        if dw.groups < dw.in_channels:
+        if block.conv_dw.groups < block.conv_dw.in_channels:
             return "grouped convs inside"
-        return why_not_composed((pw, dw, pwl), (block.bn1, block.bn2, block.bn3))
+        return super().why_not_reparam(block)
 
     def merged_size(self):
         """Of the dense conv's kernel; None where any would cost more MACs than the block."""
@@ -691,9 +677,6 @@ class PrunableInvertedResidual(PrunableConvs, _efficientnet_blocks.InvertedResid
     def skip_module(self):
         return nn.Identity() if self.has_skip else None
 
-    def split(self, x):
-        return x if self.has_skip else 0, x
-
     def act_to_insert(self):
         return copy.deepcopy(getattr(self.bn2, "act", nn.ReLU()))  # EvoNorm has none
 
@@ -709,8 +692,7 @@ class PrunableInvertedResidual(PrunableConvs, _efficientnet_blocks.InvertedResid
         return self.bn3(self.conv_pwl(z))
 
     def composed(self):
-        pw, dw, pwl = (fuse_conv_bn_eval(conv, bn) for conv, bn in (
-            (self.conv_pw, self.bn1), (self.conv_dw, self.bn2), (self.conv_pwl, self.bn3)))
+        pw, dw, pwl = self.folded()
         taps = centre_taps(dw.weight, self.merged_size())  # (M, 1, k, k), pw.weight (M, I, 1, 1)
         dense = taps * pw.weight, dw.bias
         return [conv_like(self.conv_dw, *compose(dense, weight_and_bias(pwl)))]
@@ -892,12 +874,6 @@ class PrunableAttention(Prunable, vision_transformer.Attention):
     timm_class = vision_transformer.Attention
     why_not_reparam = staticmethod(lambda block: "attention")
     stays_nonlinear = True  # the last block's attention stays
-
-    def skip_module(self):
-        return None
-
-    def split(self, x, **attn_args):
-        return 0, x
 
     def reparam_layers(self, x, lam, **attn_args):  # of timm only: it is never of the paper's form
         return super(Prunable, self).forward(x, **attn_args)
@@ -1301,35 +1277,31 @@ def start(parser, *inputs, last_output=lambda args: args.out, read=read_checkpoi
     # Into files, too, line by line; and not every terminal knows every class name's letters
     with contextlib.suppress(AttributeError):  # a notebook's is another kind
         sys.stdout.reconfigure(line_buffering=True, errors="replace")
-    args, state, path = take_up(parser, last_output, read)
+    args, state = parser.parse_args(), None
+    last = args.out + ".last"
+    path = next(filter(os.path.exists, (last, last_output(args))), None)
+    if path and getattr(args, "resume", False):
+        state = (read_checkpoint if path == last else read)(path)
+        if not state.get("flags"):
+            raise UserError(f"{path} was written by hand: leave out --resume to replace it")
+        parser.set_defaults(**state["flags"])  # those that are not given are that run's
+        args = parser.parse_args()
     device = join_processes(args)
     check_files(args, state, path, inputs)
-    killed = path == args.out + ".last"
-    if killed and not state:
+    if path == last and not state:
         print(f"{path} is of a run that was killed: --resume would go on with it")
-    if state and not killed:
+    if state and path != last:
         print(f"{path} is finished: nothing to do")
         sys.exit()
     return args, device, state
 
 
-def take_up(parser, last_output, read):
-    """(args, state, path): the flags, and what a killed or finished run left in the file `path`.
-    With --resume, flags that are not given are those of that run."""
-    args = parser.parse_args()
-    last, done = args.out + ".last", last_output(args)
-    path = next(filter(os.path.exists, (last, done)), None)
-    if not path or not getattr(args, "resume", False):
-        return args, None, path
-    state = (read_checkpoint if path == last else read)(path)
-    if not state.get("flags"):
-        raise UserError(f"{path} was written by hand: leave out --resume to replace it")
-    parser.set_defaults(**state["flags"])
-    return parser.parse_args(), state, path
+LOCKS = []  # files that lock while they are open, and that this process lives
 
 
 def join_processes(args):
-    """The device of this process. Joins torchrun's others; only the first of them prints."""
+    """The device of this process. Joins torchrun's others; only the first of them prints. UserError
+    where another run writes --out."""
     if getattr(args, "plot", False) and not importlib.util.find_spec("matplotlib"):
         raise UserError("--plot needs one more package: pip install matplotlib")
     flag = f"--device {args.device}"
@@ -1343,21 +1315,14 @@ def join_processes(args):
     if rank_and_world()[0] > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     elif fcntl:
-        lock(args.out)
+        name = f"updp-{zlib.crc32(os.path.realpath(args.out).encode()):08x}.lock"
+        LOCKS.append(open(os.path.join(tempfile.gettempdir(), name), "a"))
+        try:
+            fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)  # loaders do not inherit it
+        except OSError as error:
+            raise UserError(f"another run writes {args.out} at this moment: give another --out"
+                            ) from error
     return device
-
-
-LOCKS = []  # files that lock while they are open, and that this process lives
-
-
-def lock(out):
-    """UserError where another stage that runs at this moment writes `out`."""
-    name = f"updp-{zlib.crc32(os.path.realpath(out).encode()):08x}.lock"
-    LOCKS.append(open(os.path.join(tempfile.gettempdir(), name), "a"))
-    try:
-        fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)  # loaders do not inherit it
-    except OSError as error:
-        raise UserError(f"another run writes {out} at this moment: give another --out") from error
 
 
 def check_files(args, state, path, inputs):
