@@ -1,28 +1,20 @@
 """Stage 1 of 4: trains a supernet, in which every prunable block works in both of its forms.
 
-Reads a folder of images (or any map-style data set that timm knows) and, if given, weights for the
-baseline. Writes runs/supernet.pt: the supernet's weights, the baseline's own weights and top-1, and
-all that later stages need to know: model, classes, image size, normalisation, where the images are,
-which of them are held back. Beside it, runs/supernet.csv has a row per epoch, and while the stage
-runs, runs/supernet.pt.last is what --resume goes on from.
+Reads images and, if given, the baseline's weights. Writes runs/supernet.pt (both networks, and all
+that later stages need to know) and runs/supernet.csv, with a row per epoch.
 
     python 1_supernet.py                       # small drawn pictures, no download, two minutes
     python 1_supernet.py --data-dir cifar10 --img-size 32 --model mobilenetv2_100 --epochs 10
-    python 1_supernet.py --data-dir imagenet --model convnext_tiny.fb_in1k --pretrained --lr 1e-4
     python 1_supernet.py --data-dir imagenet --model resnet34.tv_in1k --pretrained --epochs 0
     python 1_supernet.py --data-dir cifar10 --model deit_tiny_patch16_224 \\
         --model-kwargs patch_size=4 img_size=32
-    torchrun --nproc-per-node 8 1_supernet.py --data-dir imagenet --model resnet34.tv_in1k \\
-        --pretrained --amp --workers 8
 
 The baseline is trained first (--baseline-epochs), unless its weights are given. The supernet's
 epochs follow, by the sandwich rule: each step runs the largest subnet (nothing pruned) on the
 labels, and the smallest (everything pruned) and two random ones on the largest's output as soft
-labels; their gradients add up to one update. In the paper's form (--form reparam), whose weights
-all subnets share, the soft labels are the baseline's, also for the largest. All that is of the
-fitted form is solved before, in closed form on --calibrate training images: with --form fitted or
---epochs 0 every pruned block, else the lower rungs of the blocks' ladders, which are not trained
-here.
+labels; their gradients add up. In the paper's form, whose weights all subnets share, the soft
+labels are the baseline's, also for the largest. All that is fitted is solved before: with --form
+fitted or --epochs 0 every pruned block, else the lower rungs, which are not trained here.
 """
 import argparse
 import collections
@@ -117,10 +109,9 @@ def draw_shapes(root, train=2000, val=500, size=32):
     for split, count in (("train", train), ("val", val)):
         for index in range(count):
             shape, fill = classes[index % len(classes)]
-            colours = [rng.integers(0, 256, 3)]
-            for _ in range(2):  # each differs from the one before in every channel
-                colours.append((colours[-1] + rng.integers(80, 176, 3)) % 256)
-            ground, ink, second = colours
+            ground = rng.integers(0, 256, 3)
+            ink = (ground + rng.integers(80, 176, 3)) % 256  # it differs in every channel
+            second = (ink + rng.integers(80, 176, 3)) % 256
             stripes = wave(1.2, 2.2) > 0 if fill == "striped" else True
             radius, angle = rng.uniform(0.3, 0.45) * size, rng.uniform(-0.35, 0.35)
             centre = rng.uniform(radius, size - radius, 2)
@@ -129,14 +120,12 @@ def draw_shapes(root, train=2000, val=500, size=32):
             for points, value in zip(shapes[shape], (255, 0)):
                 points = (np.array(points) @ turn * radius + centre) * zoom
                 ImageDraw.Draw(mask).polygon([tuple(point) for point in points], fill=value)
-            mask = np.asarray(mask.resize((size, size), Image.Resampling.BOX), dtype=float)
-            mask = mask[..., None] / 255
+            mask = np.asarray(mask.resize((size, size), Image.Resampling.BOX))[..., None] / 255
             pixels = (ground + wave(0.1, 0.5) * rng.uniform(0, 25, 3)) * (1 - mask)
             pixels += np.where(stripes, ink, second) * mask + rng.normal(0, 10, (size, size, 3))
-            folder = os.path.join(temporary, split, f"{fill} {shape}")
+            folder = f"{temporary}/{split}/{fill} {shape}"
             os.makedirs(folder, exist_ok=True)
-            picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-            picture.save(os.path.join(folder, f"{index:04d}.png"))
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(f"{folder}/{index:04d}.png")
     try:
         os.replace(temporary, root)
     except OSError:  # another run was faster
@@ -146,9 +135,8 @@ def draw_shapes(root, train=2000, val=500, size=32):
 def read_class_map(args):
     """The names of --class-map, of the network's classes in their order. UserError where images
     would be left out, as their folder is not among them."""
-    paths = [args.class_map, os.path.join(os.path.dirname(timm.data.__file__), "_info",
-                                          os.path.basename(args.class_map))]
-    path = next(filter(os.path.isfile, paths), None)
+    timms = os.path.join(timm.data.__path__[0], "_info", os.path.basename(args.class_map))
+    path = next(filter(os.path.isfile, (args.class_map, timms)), None)
     if args.dataset or not args.data_dir:
         raise UserError("--class-map is for the class folders of --data-dir")
     if not path:
@@ -199,25 +187,23 @@ def describe_images(args):
         part: None for part in ("train", "val")
         if not args.dataset and not has_classes(os.path.join(data["data_dir"], part))}
     train, val = open_dataset(data, "train"), open_dataset(data, "val")
-    labelled = next((part for part in ("train", "val") if part not in data["answers"]), None)
-    source = val if labelled == "val" else train
-    source = getattr(source, "reader", source)  # torchvision's ImageNet has several names for each
-    numbers = getattr(source, "wnid_to_idx", None) or getattr(source, "class_to_idx", {})
-    told = args.model_kwargs.get("num_classes", 0)
-    if not labelled:
-        numbers = {}
+    told, numbers = args.model_kwargs.get("num_classes", 0), {}
+    if len(data["answers"]) == 2:  # no labels at all
         told = told or create_model(args.model, args.model_kwargs).num_classes
+    else:  # torchvision's ImageNet has several names for each class
+        source = val if "train" in data["answers"] else train
+        source = getattr(source, "reader", source)
+        numbers = getattr(source, "wnid_to_idx", None) or getattr(source, "class_to_idx", {})
     classes = names or sorted(numbers, key=numbers.get) or [str(i) for i in range(told)]
     if not classes:
         raise UserError("this data set does not tell its classes: give --model-kwargs num_classes=")
     if told not in (0, len(classes)):
         raise UserError(f"num_classes={told}, but there are {len(classes)} classes")
     if len(classes) == 1:
-        name = f" ({classes[0]})" if classes[0] else ""
-        raise UserError(f"one class only{name}: at least two class folders are needed")
-    unknown = set() if args.dataset or "val" in data["answers"] else set(val.reader.class_to_idx)
-    if unknown := unknown - set(classes):
-        raise UserError(f"val has classes that train lacks: {', '.join(sorted(unknown)[:5])}")
+        raise UserError(f"one class only ({classes[0]}): at least two class folders are needed")
+    if not args.dataset and "val" not in data["answers"]:
+        if unknown := sorted(set(val.reader.class_to_idx) - set(classes)):
+            raise UserError(f"val has classes that train lacks: {', '.join(unknown[:5])}")
     if len(train) < 10:
         raise UserError(f"{len(train)} training images: ten are needed, as one in ten is held back")
     samples, held = samples_of(train), []

@@ -1,20 +1,17 @@
 """Stage 4 of 4: merges the trained subnet into plain layers, proves that it is the same, times it.
 
 Reads runs/subnet.pt. Writes runs/merged.pt (weights and what they are, for `blocks.build`),
-runs/merged.pt2 (torch.export, for any batch at the subnet's height and width: runs in any Python
-with torch, without this repository and without timm) and runs/merged.json (the table of the end).
-With --onnx it writes ONNX as well. A merged network that was trained further, {**checkpoint,
-"state_dict": …}, is exported again with --subnet FILE and another --out.
+runs/merged.pt2 (torch.export: runs in any Python with torch, for any batch at the subnet's height
+and width) and runs/merged.json (the table of the end, which times the file as read back). A merged
+network that was trained further, {**checkpoint, "state_dict": …}, is exported again with --subnet
+FILE and another --out.
 
     python 4_merge.py
     python 4_merge.py --batch-size 1 16 --compile
     python 4_merge.py --fold-normalization --onnx             # takes RGB from 0 to 1; ONNX
 
-    program = torch.export.load("runs/merged.pt2").module()   # in a deployment
-    logits = program(images)                                  # (B, 3, H, W), normalised
-
 Merging is done in float64. If merged and unmerged differ on the validation images, it exits with
-status 1 and writes nothing. The table at the end times the file that was written, as read back.
+status 1 and writes nothing.
 """
 import argparse
 import contextlib
@@ -65,21 +62,6 @@ def check(names, ours, theirs, batches, bound, rounding=0.0):
     return error
 
 
-def export(network, about, path, onnx):
-    """Writes `network` as a torch.export program for any batch size, with `about` as its extra file
-    about.json, and into the file `onnx`, if there is one."""
-    images = torch.zeros(2, *about["input_size"])
-    batch = torch.export.Dim("batch", max=2**31 - 1)  # torch 2.6: attention needs a maximum
-    program = torch.export.export(network, (images,), dynamic_shapes=({0: batch},), strict=False)
-    about = json.dumps(about)
-    torch.export.save(program, path, extra_files={"about.json": about})
-    if onnx:
-        program = torch.onnx.export(program, dynamo=True, input_names=["images"],
-                                    output_names=["logits"], verbose=False)
-        program.model.metadata_props["about"] = about
-        program.save(onnx)
-
-
 @torch.no_grad()
 def write(args, onnx, merged, about, batches, rounding):
     """Writes --out and its exports, after these were checked on `batches`, as `check` says."""
@@ -92,15 +74,23 @@ def write(args, onnx, merged, about, batches, rounding):
         normalize.bias.copy_((-mean / std).flatten())
         network = nn.Sequential(normalize, network).eval()
         outside = {**about, "mean": [0.0] * len(mean), "std": [1.0] * len(mean)}
+    images, outside = torch.zeros(2, *about["input_size"]), json.dumps(outside)
+    batch = torch.export.Dim("batch", max=2**31 - 1)  # torch 2.6: attention needs a maximum
+    export = torch.export.export(network, (images,), dynamic_shapes=({0: batch},), strict=False)
 
     with contextlib.ExitStack() as stack:
         # All are written, then all take their places: a kill hardly ever leaves two networks
         pt, pt2, onnx_file = (path and stack.enter_context(atomic_write(path))
                               for path in (args.out, args.out + "2", onnx))
-        export(network, outside, pt2, onnx_file)
+        torch.export.save(export, pt2, extra_files={"about.json": outside})
         program = torch.export.load(pt2).module()
         check(f"{args.out}2 against merged", merged, lambda x: program(x * std + mean), batches,
               1e-4, rounding)
+        if onnx:
+            export = torch.onnx.export(export, dynamo=True, input_names=["images"],
+                                       output_names=["logits"], verbose=False)
+            export.model.metadata_props["about"] = outside
+            export.save(onnx_file)
         if onnx and importlib.util.find_spec("onnxruntime"):
             import onnxruntime
             session = onnxruntime.InferenceSession(onnx_file, providers=["CPUExecutionProvider"])
