@@ -4,7 +4,6 @@ Reads images and, if given, the baseline's weights. Writes runs/supernet.pt (bot
 that later stages need to know) and runs/supernet.csv, with a row per epoch.
 
     python 1_supernet.py                       # small drawn pictures, no download, two minutes
-    python 1_supernet.py --data-dir cifar10 --img-size 32 --model mobilenetv2_100 --epochs 10
     python 1_supernet.py --data-dir imagenet --model resnet34.tv_in1k --pretrained --epochs 0
     python 1_supernet.py --data-dir cifar10 --model deit_tiny_patch16_224 \\
         --model-kwargs patch_size=4 img_size=32
@@ -63,10 +62,9 @@ flag("--class-map", metavar="FILE",
           " may have some only; timm's imagenet_synsets.txt is found by its name")
 flag("--img-size", type=at_least(1), help="height and width (None: the model's; 32 for shapes)")
 # how the weights' images were prepared (None: as timm says for --model)
-flag("--mean", type=at_least(0, float, 1), nargs=3, metavar="X",
-     help="of RGB from 0 to 1 (None: the model's)")
-flag("--std", type=at_least(1e-3, float, 1), nargs=3, metavar="X",
-     help="of RGB from 0 to 1 (None: the model's)")
+for name, least in (("--mean", 0), ("--std", 1e-3)):
+    flag(name, type=at_least(least, float, 1), nargs=3, metavar="X",
+         help="of RGB from 0 to 1 (None: the model's)")
 flag("--interpolation", choices=("nearest", "bilinear", "bicubic", "lanczos"),
      help="to resize images (None: the model's)")
 flag("--crop-pct", type=at_least(0.01, float, 1), metavar="R", help="share of the height and width"
@@ -174,8 +172,7 @@ def has_classes(root):
 
 
 def describe_images(args):
-    """The part of the checkpoint by which later stages find the images: `data`. The tenth that is
-    held back is chosen here, once."""
+    """`data`, by which later stages find the images. The tenth that is held back is chosen here."""
     shapes = args.data_dir is None and not args.dataset
     data_dir = args.data_dir or ("data/shapes" if shapes else "data")
     names = read_class_map(args) if args.class_map else []
@@ -351,8 +348,7 @@ def main():
     for part in data["answers"]:
         if not trained:
             raise UserError(f"the {part} images are in no class folders: that needs weights of"
-                            " these classes (--checkpoint, --pretrained), for answers in the place"
-                            " of labels")
+                            " these classes (--checkpoint, --pretrained), for answers as labels")
         images = make_loader({**data, "holdout": torch.tensor([])}, part, 64, device, args.workers)
         found = torch.cat([logits.argmax(1) for logits in answers(model, images)])
         data["answers"][part] = found.cpu()  # loaders' processes read it
@@ -373,14 +369,13 @@ def main():
           f" {len(data['holdout'])} of them held back")
     if state:
         print(f"going on after epoch {state['epoch']}")
-    if state and state["baseline"]:
+    if state and state.get("baseline"):
         baseline, baseline_weights = state["baseline"], state["baseline_state_dict"]
         model.load_state_dict(baseline_weights)
     else:
         step = sandwich(model, [], loader, range(epochs), args)
         model, result = train(model, step, lambda network: evaluate(network, val, split=True),
-                              loader, args, "baseline", range(epochs), args.lr, log, state=state,
-                              baseline=None)
+                              loader, args, "baseline", range(epochs), args.lr, log, state=state)
         baseline, state = {**cost(model, data["input_size"]), **result}, None
         baseline_weights = {key: value.cpu().clone() for key, value in model.state_dict().items()}
 

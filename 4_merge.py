@@ -114,21 +114,21 @@ def peak_memory(network, images):
 
 def main():
     args, device, _ = start(parser, "subnet")
+    cuda = device.type == "cuda"
     if args.onnx and (missing := [name for name in ("onnx", "onnxscript")
                                   if not importlib.util.find_spec(name)]):
         raise UserError(f"--onnx needs more packages: pip install {' '.join(missing)}")
     onnx = os.path.splitext(args.out)[0] + ".onnx" if args.onnx else None
     table = os.path.splitext(args.out)[0] + ".json"
-    paths = [os.path.realpath(path) for path in (args.subnet, args.out, args.out + "2", onnx, table)
-             if path]
-    if len(set(paths)) < len(paths):
+    written = [path for path in (args.out, args.out + "2", onnx) if path]
+    if len({*map(os.path.realpath, (args.subnet, table, *written))}) < 2 + len(written):
         raise UserError("--subnet, --out and what is written beside it must be different files")
     checkpoint = read_checkpoint(args.subnet, "subnet", "merged")
     if checkpoint["stage"] == "merged":  # and trained further: there is nothing to merge or compare
         about = {key: value for key, value in checkpoint.items() if key != "state_dict"}
         images = torch.randn(64, *about["input_size"]).split(16)
         write(args, onnx, build(checkpoint), about, [(batch, None) for batch in images], 0.0)
-        print(f"wrote {', '.join(filter(None, (args.out, args.out + '2', onnx)))}")
+        print(f"wrote {', '.join(written)}")
         return
     data = {**checkpoint["data"], "data_dir": args.data_dir or checkpoint["data"]["data_dir"]}
     model, baseline = build(checkpoint), build(checkpoint, baseline=True)
@@ -174,25 +174,22 @@ def main():
             seconds = latencies(networks.values(), images)
             timed = zip(facts, networks.values(), seconds.tolist())
             for fact, network, (low, median, high) in timed:
-                memory = peak_memory(network, images) if device.type == "cuda" else None
+                memory = peak_memory(network, images) if cuda else None
                 rows.append({**fact, "compiled": compiled, "batch": batch, "memory": memory,
                              "seconds": median, "quartiles": [low, high],
                              "images_per_s": batch / median, "speed_up": seconds[1, 1] / median})
     where = f"cpu, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        where = torch.cuda.get_device_name(device)
+    where = torch.cuda.get_device_name(device) if cuda else where
     print(f"\n{about['model']} at {about['input_size'][-1]} px, {len(about['prune'])} blocks"
           f" pruned, on {where}, torch {torch.__version__}\n")
     header = ("", "params (M)", "MACs (M)", "top-1 (%)", "agree (%)", "batch", "latency (ms)",
-              "quartiles", "images/s", "speed-up",
-              *(["memory (MB)"] if device.type == "cuda" else []))
+              "quartiles", "images/s", "speed-up", *["memory (MB)"] * cuda)
     lines = [
         (r["network"] + ", compiled" * r["compiled"], f"{r['params'] / 1e6:.3f}",
          f"{r['macs'] / 1e6:.1f}", f"{r['top1']:.2f}", f"{r['agreement']:.2f}", str(r["batch"]),
          f"{r['seconds'] * 1e3:.2f}", " - ".join(f"{s * 1e3:.2f}" for s in r["quartiles"]),
          f"{r['images_per_s']:.0f}", f"{r['speed_up']:.2f}x",
-         *([f"{r['memory'] / 1e6:.1f}"] if r["memory"] else []))
-        for r in rows]
+         *([f"{r['memory'] / 1e6:.1f}"] if cuda else [])) for r in rows]
     if control := checkpoint["control"]:
         empty = [""] * (len(header) - 5)
         found = (f"{control[key]:.2f}" if key in control else "" for key in ("top1", "agreement"))
@@ -202,7 +199,7 @@ def main():
         print("control: the baseline, trained for as long as this subnet")
     save({"model": about["model"], "prune": about["prune"], "device": where, "control": control,
           "input_size": about["input_size"], "torch": torch.__version__, "rows": rows}, table)
-    print("\nwrote " + ", ".join(filter(None, (args.out, args.out + "2", onnx, table))))
+    print(f"\nwrote {', '.join((*written, table))}")
 
 
 if __name__ == "__main__":
