@@ -11,11 +11,10 @@ AAAI 2024). `lam`, the paper's λ, leads from a block's baseline form to its pru
 The pruned block comes in two forms, which merge into layers of the same shape:
 
     reparam   the paper's: the block's own layers. With lam, activations inside become the identity,
-              LayerNorm becomes BatchNorm, and an activation is inserted at the end. What is linear
-              then is composed into one layer (reparameterisation).
-    fitted    new layers of the merged shape, which `fit` solves in closed form so that they
-              reproduce the block's output. lam blends the outputs. It prunes without training, and
-              takes blocks whose own layers cannot be merged (squeeze-excite).
+              LayerNorm becomes BatchNorm, and an activation is inserted at the end; what is linear
+              then is composed into one layer
+    fitted    new layers of the merged shape, which `fit` solves in closed form; lam blends the
+              outputs. For blocks whose own layers cannot be merged, too, and without training
 
 What a block merges into is a rung of its ladder (README.md lists them). The first is the paper's,
 lower ones are always fitted, each cheaper than the one before; `skip` is nothing beside the skip.
@@ -61,10 +60,8 @@ from torch.utils.data.distributed import DistributedSampler
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-try:
+if os.name == "posix":  # not on Windows
     import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 BatchNorm = nn.modules.batchnorm._BatchNorm  # 1d, 2d, Sync and timm's BatchNormAct2d alike
 add_img_extensions((".bmp", ".tif", ".tiff", ".webp"))  # timm's folders leave them out otherwise
@@ -121,18 +118,18 @@ class Prunable:
     """A block that can be pruned. `make_prunable` turns a timm block into one in place, by changing
     its class: weights, state-dict keys and isinstance checks stay timm's. `self.rung` says what it
     is pruned to: of the fitted form if `self.fitted` has layers for that rung, else of the paper's.
-    A family names its timm class and has
+    A family names its timm class and has, beside methods in the place of those below,
 
         skip_module()            the skip; None, as by default, where there is none
         reparam_layers(x, lam)   the block's own layers beside the skip: at 0 timm's, at 1 linear
         composed()               those at lam = 1, in eval mode, as a list of plain layers
         fitted_layers(rung)      new linear layers and a BatchNorm for each rung but "skip", a list
-
-    and methods of its own in the place of those below that do not fit."""
+    """
     stays_nonlinear = False  # True: what pruning leaves of the block is not linear (attention)
     why_not_prunable = why_not_reparam = staticmethod(lambda block: None)  # or a reason
     skip_module = lambda self: None
     reparam_norm = lambda self: None  # or a BatchNorm that takes the place of another norm
+    last_act = lambda self: None if self.rung == "skip" else self.end_act
 
     def ladder(self):
         """Names of the rungs, the most expensive first."""
@@ -157,9 +154,6 @@ class Prunable:
         if torch.is_tensor(skip) and self.drop_path is not None:
             branch = self.drop_path(branch)
         return self.end(skip + branch, lam)
-
-    def last_act(self):
-        return None if self.rung == "skip" else self.end_act
 
     def end(self, y, lam):
         """The last activation: timm's own, or an inserted one, which fades in."""
@@ -217,13 +211,6 @@ class MergedBlock(nn.Module):
     def forward(self, x):
         y = self.main(x)
         return self.act(y if self.skip is None else y + self.skip(x))
-
-
-class Zero(nn.Module):
-    """The layers of a block of which only the skip is left: they add 0 to it."""
-
-    def forward(self, x):
-        return torch.zeros_like(x)
 
 
 def is_conv1x1(skip):
@@ -292,7 +279,9 @@ def zero(layer):
 
 
 def on_rows(layers, x):
-    """layers(x); tokens (B, N, C) go in as (B·N, C), over which a BatchNorm takes its average."""
+    """layers(x), 0 without any; tokens (B, N, C) go in as (B·N, C), for a BatchNorm's average."""
+    if isinstance(layers, nn.Sequential) and not len(layers):  # only the skip is left
+        return torch.zeros_like(x)
     return layers(x.flatten(0, 1)).unflatten(0, x.shape[:2]) if x.ndim == 3 else layers(x)
 
 
@@ -308,7 +297,6 @@ class PrunableConvs(Prunable):
 
     @classmethod
     def own_layers(cls, block):
-        """Pairs of a conv and the norm behind it."""
         return [(getattr(block, conv), getattr(block, norm)) for conv, norm in cls.convs.items()]
 
     @classmethod
@@ -323,12 +311,11 @@ class PrunableConvs(Prunable):
     def why_not_reparam(cls, block):
         if not isinstance(block.se, (nn.Identity, type(None))):
             return "squeeze-excite inside"
-        convs, norms = zip(*cls.own_layers(block))
-        if any(type(conv) not in (nn.Conv2d, Conv2dSame) or conv.bias is not None
-               for conv in convs):
-            return "convs with a bias, or of another kind, inside"
-        if not all(isinstance(norm, BatchNorm) for norm in norms):
-            return "no BatchNorm inside"
+        for conv, norm in cls.own_layers(block):
+            if type(conv) not in (nn.Conv2d, Conv2dSame) or conv.bias is not None:
+                return "convs with a bias, or of another kind, inside"
+            if not isinstance(norm, BatchNorm):
+                return "no BatchNorm inside"
 
     def folded(self):
         """The block's own convs, with their BatchNorms folded in."""
@@ -427,7 +414,7 @@ def make_prunable(model, form="reparam", end_act=None, attention=False):
         block.lam, block.end_act, block.rungs = 0.0, None, block.ladder()
         block.rung = block.rungs[0]
         block.fitted = nn.ModuleDict({
-            rung: Zero() if rung == "skip" else nn.Sequential(*block.fitted_layers(rung))
+            rung: nn.Sequential(*(block.fitted_layers(rung) if rung != "skip" else ()))
             for rung in block.rungs[reparam:]})
         block.norm_bn = block.reparam_norm() if reparam else None
         for new in set(block.modules()) - timm_modules:
@@ -519,22 +506,20 @@ def set_subnet(model, prune, lam=1.0):
 
 @torch.no_grad()
 def merge(model):
-    """A merged copy of `model`, in eval mode: each block at lam = 1 becomes one or two plain
-    layers, each other block timm's own, and every BN that follows a conv is folded into it.
-    Computed in float64, returned in the model's own dtype."""
+    """A merged copy of `model`, in its dtype and eval mode, computed in float64: pruned blocks are
+    one or two plain layers, the others timm's own, and BNs part of the convs before them."""
     dtype = next(model.parameters()).dtype
     merged = reparameterize_model(copy.deepcopy(model).double().eval(), inplace=True)
-    last = None  # path and module of the leaf before: a conv's BN is registered right behind it
+    name, leaf = "", None  # the one before: a conv's BN is registered right behind it
     for path, module in list(merged.named_modules()):
         if isinstance(module, BatchNorm):
-            if last and isinstance(last[1], nn.Conv2d) \
-                    and last[1].out_channels == module.num_features:
-                merged.set_submodule(last[0], fuse_conv_bn_eval(last[1], module))
+            if isinstance(leaf, nn.Conv2d) and leaf.out_channels == module.num_features:
+                merged.set_submodule(name, fuse_conv_bn_eval(leaf, module))
                 # BatchNormAct2d has an activation inside, which stays
                 merged.set_submodule(path, getattr(module, "act", nn.Identity()))
-            last = None
+            leaf = None
         elif not list(module.children()):
-            last = path, module
+            name, leaf = path, module
     return merged.to(dtype).eval()
 
 
@@ -860,10 +845,9 @@ def fit(model, prune, batches, in_turn=True, ridge=1e-2, pixels=8192, max_bytes=
     block that is solved next are kept, up to `max_bytes`, and batches beyond left out. Else all
     blocks, and all their rungs, are fitted on the unpruned network's inputs, in one pass.
 
-    The normal equations are summed up in float64, over all processes, from at most `pixels` output
-    pixels (or tokens) of each batch. `ridge`, a share of each input's variance that is added to it,
-    makes the weights smaller where images are few. (ReplaceMe, NeurIPS 2025, fits linear maps in
-    the place of language models' blocks.)"""
+    The normal equations are summed up in float64, from at most `pixels` output pixels (or tokens)
+    of each batch. `ridge`, a share of each input's variance that is added to it, makes weights
+    smaller where images are few. (ReplaceMe, NeurIPS 2025, fits language models' blocks.)"""
     set_subnet(model, prune)
     blocks = prunable_blocks(model)
     todo = [name for name, block in blocks.items() if name in prune
@@ -1120,8 +1104,7 @@ def read_checkpoint(path, *stages):
 
 
 def read_subnet(path, model=None):
-    """A subnet spec, checked: a dict with "prune", a list of module paths or a dict from them to
-    rungs, and more. UserError where it is not for `model`, the supernet's."""
+    """A subnet spec, checked: "prune" is a list of module paths, or a dict from them to rungs."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             subnet = json.load(file)
@@ -1178,9 +1161,8 @@ def run_flags(parser, resume=True):
 
 def spare_weights(args, stage1_flags, model, prune=()):
     """Sets --lr, if it is not given, to 1e-3, or to 1e-4 where stage 1 took the weights of `model`.
-    There BN's statistics in front of the first block in `prune` move slowly, too: a thousand photos
-    are worth less than those that came with the weights. Nothing pruned, one epoch on 922 photos at
-    1e-3 took top-1 of MobileNetV2 from 85 to 42 %, of EfficientNet-Lite0 from 87 to 70 %."""
+    There BN's statistics in front of the first block in `prune` move slowly, too. One epoch on 922
+    photos at 1e-3, nothing pruned: MobileNetV2 from 85 to 42 %, EfficientNet-Lite0 87 to 70 %."""
     given = stage1_flags["checkpoint"] or stage1_flags["pretrained"]
     features = getattr(args, "features", False)  # then all statistics stay
     if args.lr is None:
@@ -1234,7 +1216,6 @@ def start(parser, *inputs, last_output=lambda args: args.out, read=read_checkpoi
             raise UserError(f"{path} was written by hand: leave out --resume to replace it")
         parser.set_defaults(**state["flags"])  # those that are not given are that run's
         args = parser.parse_args()
-
     if getattr(args, "plot", False) and not importlib.util.find_spec("matplotlib"):
         raise UserError("--plot needs one more package: pip install matplotlib")
     flag = f"--device {args.device}"
@@ -1247,15 +1228,13 @@ def start(parser, *inputs, last_output=lambda args: args.out, read=read_checkpoi
         raise UserError(f"{flag} does not work here: {str(error).splitlines()[0]}") from error
     if rank_and_world()[0] > 0:  # of torchrun's processes only the first prints
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
-    elif fcntl:
+    elif os.name == "posix":
         name = f"updp-{zlib.crc32(os.path.realpath(args.out).encode()):08x}.lock"
         LOCKS.append(open(os.path.join(tempfile.gettempdir(), name), "a"))
         try:
             fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)  # loaders do not inherit it
-        except OSError as error:
-            raise UserError(f"another run writes {args.out} at this moment: give another --out"
-                            ) from error
-
+        except OSError:
+            raise UserError(f"another run writes {args.out} at this moment: give another --out")
     check_files(args, state, path, inputs)
     if path == last and not state:
         print(f"{path} is of a run that was killed: --resume would go on with it")
@@ -1266,8 +1245,7 @@ def start(parser, *inputs, last_output=lambda args: args.out, read=read_checkpoi
 
 
 def check_files(args, state, path, inputs):
-    """UserError where --out cannot be written, or `state`, of the file `path`, is of a run with
-    other flags, number of processes or content of its inputs."""
+    """UserError where --out cannot be written, or `state`, of the file `path`, is another run's."""
     files = list(filter(os.path.isfile, [getattr(args, flag) or "" for flag in inputs]))
     if os.path.realpath(args.out) in map(os.path.realpath, files):
         raise UserError(f"--out {args.out} is an input, too: give another --out")
@@ -1364,14 +1342,14 @@ class Images(torch.utils.data.Dataset):
         if epoch is None:
             return self.transform(image), label
         # timm's transforms use all three generators; without --workers the training does so, too
-        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        random.seed(f"{self.seed}/{epoch}/{i}")
-        np.random.seed(random.getrandbits(32))
-        torch.default_generator.manual_seed(random.getrandbits(63))
-        image = self.transform(image)
+        states = random.getstate(), np.random.get_state()
+        with torch.random.fork_rng([]):
+            random.seed(f"{self.seed}/{epoch}/{i}")
+            np.random.seed(random.getrandbits(32))
+            torch.default_generator.manual_seed(random.getrandbits(63))
+            image = self.transform(image)
         random.setstate(states[0])
         np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
         return image, label
 
 
@@ -1501,8 +1479,7 @@ def evaluate(model, batches, split=False, logits=None, features=None):
 # ---- what the stages share: training -------------------------------------------------------------
 
 def outputs_of(network, images, amp=False):
-    """A timm network's features before the pooling, and its logits (B, classes), in float32; with
-    `amp` the network computes in bfloat16."""
+    """A timm network's features before the pooling and its logits (B, classes), in float32."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
         features = network.forward_features(images)
         return features.float(), network.forward_head(features).float()
