@@ -57,9 +57,8 @@ flag("--data-dir", metavar="DIR",
      help="folder with train/CLASS/* and val/CLASS/* (None: pictures drawn into data/shapes)")
 flag("--dataset", default="", help="a timm data set instead of a folder: hfds/..., torch/cifar10"
      " (torch/... downloads itself into --data-dir)")
-flag("--class-map", metavar="FILE",
-     help="class folders in the order of the weights' classes, a name per line, of which the data"
-          " may have some only; timm's imagenet_synsets.txt is found by its name")
+flag("--class-map", metavar="FILE", help="class folders in the order of the weights' classes, a"
+     " name per line; the data may have some only; timm's imagenet_synsets.txt is found by name")
 flag("--img-size", type=at_least(1), help="height and width (None: the model's; 32 for shapes)")
 # how the weights' images were prepared (None: as timm says for --model)
 for name, least in (("--mean", 0), ("--std", 1e-3)):
@@ -131,8 +130,7 @@ def draw_shapes(root, train=2000, val=500, size=32):
 
 
 def read_class_map(args):
-    """The names of --class-map, of the network's classes in their order. UserError where images
-    would be left out, as their folder is not among them."""
+    """The classes of --class-map, in order. UserError where an image's folder is not among them."""
     timms = os.path.join(timm.data.__path__[0], "_info", os.path.basename(args.class_map))
     path = next(filter(os.path.isfile, (args.class_map, timms)), None)
     if args.dataset or not args.data_dir:
@@ -155,8 +153,7 @@ def read_class_map(args):
 
 
 def has_classes(root):
-    """Whether the images below `root` are in class folders. UserError where timm would take
-    something for a class that is none, or leave images out."""
+    """Are the images below `root` in class folders? UserError where timm would misread some."""
     entries = list(os.scandir(root) if os.path.isdir(root) else ())
     folders = [entry for entry in entries if entry.is_dir()]
     for entry in folders:
@@ -174,15 +171,14 @@ def has_classes(root):
 def describe_images(args):
     """`data`, by which later stages find the images. The tenth that is held back is chosen here."""
     shapes = args.data_dir is None and not args.dataset
-    data_dir = args.data_dir or ("data/shapes" if shapes else "data")
+    data_dir = os.path.abspath(args.data_dir or ("data/shapes" if shapes else "data"))
     names = read_class_map(args) if args.class_map else []
     if shapes:
-        draw_shapes(data_dir)
-    data = {"dataset": args.dataset, "data_dir": os.path.abspath(data_dir),
-            "seed": args.seed, "classes": names}
-    data["answers"] = {  # in the place of labels, where there are none: stage 1 fills them in
-        part: None for part in ("train", "val")
-        if not args.dataset and not has_classes(os.path.join(data["data_dir"], part))}
+        draw_shapes("data/shapes")
+    unlabelled = [part for part in ("train", "val")
+                  if not args.dataset and not has_classes(os.path.join(data_dir, part))]
+    data = {"dataset": args.dataset, "data_dir": data_dir, "seed": args.seed, "classes": names,
+            "answers": dict.fromkeys(unlabelled)}  # in the place of labels: stage 1 fills them in
     train, val = open_dataset(data, "train"), open_dataset(data, "val")
     told, numbers = args.model_kwargs.get("num_classes", 0), {}
     if len(data["answers"]) == 2:  # no labels at all
@@ -242,10 +238,9 @@ def make_baseline(args, data):
     fits = args.pretrained and len(data["classes"]) == model.pretrained_cfg["num_classes"]
     if args.checkpoint:
         fits = load_weights(model, args)
-    given = args.checkpoint or args.pretrained
     native = timm.data.resolve_model_data_config(model)
     size = to_2tuple(size or native["input_size"][1:])
-    if not given and max(size) < 128:
+    if not (args.checkpoint or args.pretrained) and max(size) < 128:
         native["crop_pct"] = 1.0  # CIFAR's images show little beside their object
     for key in ("mean", "std", "interpolation", "crop_pct"):
         data[key] = getattr(args, key) or native[key]
@@ -266,8 +261,7 @@ def make_baseline(args, data):
 
 def load_weights(model, args):
     """Loads --checkpoint into a timm model, from timm's keys or behind a prefix (backbone.), also
-    out of a dict of more ({"net": …}). Returns False where the classifier is for other classes, or
-    not there: it is a new one. UserError where anything else is."""
+    out of a dict of more ({"net": …}). Returns False where the classifier stays a new one."""
     wanted, state = model.state_dict(), {}
     if not os.path.isfile(args.checkpoint):
         raise UserError(f"{args.checkpoint} does not exist")
@@ -307,9 +301,8 @@ def load_weights(model, args):
 
 
 def sandwich(model, blocks, loader, epochs, args, teacher=None):
-    """A step of `train` by the sandwich rule: the largest subnet on the labels, then the smallest
-    and two random ones on its output as soft labels. Without `blocks` it is the baseline's, alone.
-    teacher: gives the soft labels instead; then the largest learns from them, too."""
+    """A step of `train` by the sandwich rule; without `blocks` it is the baseline's, alone.
+    teacher: gives the soft labels, of which the largest subnet then learns, too."""
     rng = random.Random()
 
     def step(images, labels, number):

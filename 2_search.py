@@ -1,12 +1,10 @@
 """Stage 2 of 4: searches the supernet for the blocks to prune, with a genetic algorithm.
 
 Reads runs/supernet.pt. Writes runs/subnet.json: "prune" is what counts, all else is for the record.
-Beside it, subnet.front/ has a spec for each of the best trade-offs, subnet.search.csv every subnet
-scored, latency.json what blocks take.
+Beside it, subnet.front/ has a spec for each of the best trade-offs.
 
     python 2_search.py                     # half of the prunable blocks
     python 2_search.py --prune 6           # six of them (the paper's P6)
-    python 2_search.py --macs 0.6          # at most 60 % of the baseline's multiply-accumulates
     python 2_search.py --prune 2 4 6       # a search for each: runs/subnet-2.json, …
     python 2_search.py --score my.json     # only scores subnets of your own
     python 2_search.py --dry-run --latency 1   # what each block costs, and what can be reached
@@ -131,7 +129,8 @@ def measure_blocks(model, blocks, images, count=16, rounds=9):
     (Timed alone, with its input still in the cache, a block came out up to a quarter wrong.)
 
     error: how far the sums are from the networks' times (median), as a share. spread: how far apart
-    savings are at most, of blocks that are alike or of both halves, as one of the baseline's."""
+    the savings are at most of blocks that are alike, or of the measurement's two halves, as a share
+    of the baseline's time."""
     cuda, rng = images.device.type == "cuda", random.Random(0)
 
     def stamp():
@@ -202,8 +201,7 @@ def measure_blocks(model, blocks, images, count=16, rounds=9):
 
 
 def latency_table(path, checkpoint, model, blocks, images):
-    """measure_blocks' result, from `path` where that was measured in the same way, else measured
-    now. Under torchrun all processes get the first one's."""
+    """measure_blocks' result, or what `path` has, if of the same kind; one for all processes."""
     device, tables = images.device, [None]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:

@@ -3,7 +3,6 @@
 Reads runs/supernet.pt and runs/subnet.json. Writes runs/subnet.pt: the subnet at lam = 1, ready to
 be merged. Beside it, runs/subnet.csv has a row per epoch, and more while lam rises.
 
-    python 3_progressive.py --epochs 30 --lr 5e-4
     python 3_progressive.py --control --plot     # beside the baseline, trained on for as long
     python 3_progressive.py --no-features        # labels, too, though stage 1 took weights
 
@@ -14,7 +13,6 @@ they and the features before the pooling are all that is learned (--features).
 """
 import argparse
 import copy
-import itertools
 import math
 import os
 
@@ -48,9 +46,8 @@ flag("--form", choices=("reparam", "fitted"),
      help="of the pruned blocks (None: stage 1's; fitted with --epochs 0)")
 flag("--control", action=argparse.BooleanOptionalAction, default=None,
      help="train the baseline for as long, too (None: only for the drawn pictures of stage 1)")
-flag("--end-act", action=argparse.BooleanOptionalAction, default=None,
-     help="insert an activation at the end of pruned blocks that have none (None: if trained, in"
-          " a CNN of which all blocks are pruned, and in any ConvNeXt of the reparam form)")
+flag("--end-act", action=argparse.BooleanOptionalAction, help="insert an activation at the end of"
+     " pruned blocks (None: if trained, and all of a CNN are pruned, or it is a reparam ConvNeXt)")
 flag("--calibrate", type=at_least(0), default=4096, metavar="N",
      help="training images to fit the pruned blocks on; 0: each starts as its skip alone")
 training_flags(parser, warmup=0.0)
@@ -70,8 +67,8 @@ def plot(log, baseline, path):
     from matplotlib.figure import Figure
     figure = Figure((7, 7), layout="constrained")
     above, middle, below = figure.subplots(3, sharex=True)
-    for name, rows in itertools.groupby(log, key=lambda row: row["network"]):
-        rows = list(rows)
+    for name in dict.fromkeys(row["network"] for row in log):
+        rows = [row for row in log if row["network"] == name]
         steps, style = [row["step"] for row in rows], "-" if name == "subnet" else "--"
         if name == "subnet":
             above.plot(steps, [row["lam"] for row in rows], label="λ")

@@ -6,7 +6,6 @@ and width) and runs/merged.json (the table of the end, which times the file as r
 network that was trained further, {**checkpoint, "state_dict": …}, is exported again with --subnet
 FILE and another --out.
 
-    python 4_merge.py
     python 4_merge.py --batch-size 1 16 --compile
     python 4_merge.py --fold-normalization --onnx             # takes RGB from 0 to 1; ONNX
 
@@ -42,9 +41,8 @@ flag("--out", default="runs/merged.pt", metavar="FILE",
 
 @torch.no_grad()
 def check(names, ours, theirs, batches, bound, rounding=0.0):
-    """Prints and returns how far the logits of two networks are apart, computed in the dtype of
-    `ours`. UserError where that is more than `bound` times the logits' standard deviation, and more
-    than twice `rounding`, the rounding error that one of them has by itself."""
+    """Prints and returns how far two networks' logits are apart. UserError where that is more than
+    `bound` times their standard deviation, and than twice `rounding`, one network's own error."""
     errors, equal, logits = [], 0, []
     for images, _ in batches:
         images = images.to(next(ours.parameters()).dtype)
