@@ -1,28 +1,19 @@
 """Stage 1 of 4: trains a supernet, in which every prunable block works in both of its forms.
 
-Reads a folder of images (or any map-style data set that timm knows) and, if given, weights for the
-baseline. Writes runs/supernet.pt: the supernet's weights, the baseline's own weights and top-1, and
-all that later stages need to know: model, classes, image size, normalisation, where the images are,
-which of them are held back. Beside it, runs/supernet.csv has a row per epoch, and while the stage
-runs, runs/supernet.pt.last is what --resume goes on from.
+Reads images and, if given, the baseline's weights. Writes runs/supernet.pt (both networks, and all
+that later stages need to know) and runs/supernet.csv, with a row per epoch.
 
     python 1_supernet.py                       # small drawn pictures, no download, two minutes
-    python 1_supernet.py --data-dir cifar10 --img-size 32 --model mobilenetv2_100 --epochs 10
-    python 1_supernet.py --data-dir imagenet --model convnext_tiny.fb_in1k --pretrained --lr 1e-4
     python 1_supernet.py --data-dir imagenet --model resnet34.tv_in1k --pretrained --epochs 0
     python 1_supernet.py --data-dir cifar10 --model deit_tiny_patch16_224 \\
         --model-kwargs patch_size=4 img_size=32
-    torchrun --nproc-per-node 8 1_supernet.py --data-dir imagenet --model resnet34.tv_in1k \\
-        --pretrained --amp --workers 8
 
 The baseline is trained first (--baseline-epochs), unless its weights are given. The supernet's
 epochs follow, by the sandwich rule: each step runs the largest subnet (nothing pruned) on the
 labels, and the smallest (everything pruned) and two random ones on the largest's output as soft
-labels; their gradients add up to one update. In the paper's form (--form reparam), whose weights
-all subnets share, the soft labels are the baseline's, also for the largest. All that is of the
-fitted form is solved before, in closed form on --calibrate training images: with --form fitted or
---epochs 0 every pruned block, else the lower rungs of the blocks' ladders, which are not trained
-here.
+labels; their gradients add up. In the paper's form, whose weights all subnets share, the soft
+labels are the baseline's, also for the largest. All that is fitted is solved before: with --form
+fitted or --epochs 0 every pruned block, else the lower rungs, which are not trained here.
 """
 import argparse
 import collections
@@ -66,15 +57,13 @@ flag("--data-dir", metavar="DIR",
      help="folder with train/CLASS/* and val/CLASS/* (None: pictures drawn into data/shapes)")
 flag("--dataset", default="", help="a timm data set instead of a folder: hfds/..., torch/cifar10"
      " (torch/... downloads itself into --data-dir)")
-flag("--class-map", metavar="FILE",
-     help="class folders in the order of the weights' classes, a name per line, of which the data"
-          " may have some only; timm's imagenet_synsets.txt is found by its name")
+flag("--class-map", metavar="FILE", help="class folders in the order of the weights' classes, a"
+     " name per line; the data may have some only; timm's imagenet_synsets.txt is found by name")
 flag("--img-size", type=at_least(1), help="height and width (None: the model's; 32 for shapes)")
 # how the weights' images were prepared (None: as timm says for --model)
-flag("--mean", type=at_least(0, float, 1), nargs=3, metavar="X",
-     help="of RGB from 0 to 1 (None: the model's)")
-flag("--std", type=at_least(1e-3, float, 1), nargs=3, metavar="X",
-     help="of RGB from 0 to 1 (None: the model's)")
+for name, least in (("--mean", 0), ("--std", 1e-3)):
+    flag(name, type=at_least(least, float, 1), nargs=3, metavar="X",
+         help="of RGB from 0 to 1 (None: the model's)")
 flag("--interpolation", choices=("nearest", "bilinear", "bicubic", "lanczos"),
      help="to resize images (None: the model's)")
 flag("--crop-pct", type=at_least(0.01, float, 1), metavar="R", help="share of the height and width"
@@ -117,10 +106,9 @@ def draw_shapes(root, train=2000, val=500, size=32):
     for split, count in (("train", train), ("val", val)):
         for index in range(count):
             shape, fill = classes[index % len(classes)]
-            colours = [rng.integers(0, 256, 3)]
-            for _ in range(2):  # each differs from the one before in every channel
-                colours.append((colours[-1] + rng.integers(80, 176, 3)) % 256)
-            ground, ink, second = colours
+            ground = rng.integers(0, 256, 3)
+            ink = (ground + rng.integers(80, 176, 3)) % 256  # it differs in every channel
+            second = (ink + rng.integers(80, 176, 3)) % 256
             stripes = wave(1.2, 2.2) > 0 if fill == "striped" else True
             radius, angle = rng.uniform(0.3, 0.45) * size, rng.uniform(-0.35, 0.35)
             centre = rng.uniform(radius, size - radius, 2)
@@ -129,14 +117,12 @@ def draw_shapes(root, train=2000, val=500, size=32):
             for points, value in zip(shapes[shape], (255, 0)):
                 points = (np.array(points) @ turn * radius + centre) * zoom
                 ImageDraw.Draw(mask).polygon([tuple(point) for point in points], fill=value)
-            mask = np.asarray(mask.resize((size, size), Image.Resampling.BOX), dtype=float)
-            mask = mask[..., None] / 255
+            mask = np.asarray(mask.resize((size, size), Image.Resampling.BOX))[..., None] / 255
             pixels = (ground + wave(0.1, 0.5) * rng.uniform(0, 25, 3)) * (1 - mask)
             pixels += np.where(stripes, ink, second) * mask + rng.normal(0, 10, (size, size, 3))
-            folder = os.path.join(temporary, split, f"{fill} {shape}")
+            folder = f"{temporary}/{split}/{fill} {shape}"
             os.makedirs(folder, exist_ok=True)
-            picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-            picture.save(os.path.join(folder, f"{index:04d}.png"))
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(f"{folder}/{index:04d}.png")
     try:
         os.replace(temporary, root)
     except OSError:  # another run was faster
@@ -144,11 +130,9 @@ def draw_shapes(root, train=2000, val=500, size=32):
 
 
 def read_class_map(args):
-    """The names of --class-map, of the network's classes in their order. UserError where images
-    would be left out, as their folder is not among them."""
-    paths = [args.class_map, os.path.join(os.path.dirname(timm.data.__file__), "_info",
-                                          os.path.basename(args.class_map))]
-    path = next(filter(os.path.isfile, paths), None)
+    """The classes of --class-map, in order. UserError where an image's folder is not among them."""
+    timms = os.path.join(timm.data.__path__[0], "_info", os.path.basename(args.class_map))
+    path = next(filter(os.path.isfile, (args.class_map, timms)), None)
     if args.dataset or not args.data_dir:
         raise UserError("--class-map is for the class folders of --data-dir")
     if not path:
@@ -169,8 +153,7 @@ def read_class_map(args):
 
 
 def has_classes(root):
-    """Whether the images below `root` are in class folders. UserError where timm would take
-    something for a class that is none, or leave images out."""
+    """Are the images below `root` in class folders? UserError where timm would misread some."""
     entries = list(os.scandir(root) if os.path.isdir(root) else ())
     folders = [entry for entry in entries if entry.is_dir()]
     for entry in folders:
@@ -186,38 +169,34 @@ def has_classes(root):
 
 
 def describe_images(args):
-    """The part of the checkpoint by which later stages find the images: `data`. The tenth that is
-    held back is chosen here, once."""
+    """`data`, by which later stages find the images. The tenth that is held back is chosen here."""
     shapes = args.data_dir is None and not args.dataset
-    data_dir = args.data_dir or ("data/shapes" if shapes else "data")
+    data_dir = os.path.abspath(args.data_dir or ("data/shapes" if shapes else "data"))
     names = read_class_map(args) if args.class_map else []
     if shapes:
-        draw_shapes(data_dir)
-    data = {"dataset": args.dataset, "data_dir": os.path.abspath(data_dir),
-            "seed": args.seed, "classes": names}
-    data["answers"] = {  # in the place of labels, where there are none: stage 1 fills them in
-        part: None for part in ("train", "val")
-        if not args.dataset and not has_classes(os.path.join(data["data_dir"], part))}
+        draw_shapes("data/shapes")
+    unlabelled = [part for part in ("train", "val")
+                  if not args.dataset and not has_classes(os.path.join(data_dir, part))]
+    data = {"dataset": args.dataset, "data_dir": data_dir, "seed": args.seed, "classes": names,
+            "answers": dict.fromkeys(unlabelled)}  # in the place of labels: stage 1 fills them in
     train, val = open_dataset(data, "train"), open_dataset(data, "val")
-    labelled = next((part for part in ("train", "val") if part not in data["answers"]), None)
-    source = val if labelled == "val" else train
-    source = getattr(source, "reader", source)  # torchvision's ImageNet has several names for each
-    numbers = getattr(source, "wnid_to_idx", None) or getattr(source, "class_to_idx", {})
-    told = args.model_kwargs.get("num_classes", 0)
-    if not labelled:
-        numbers = {}
+    told, numbers = args.model_kwargs.get("num_classes", 0), {}
+    if len(data["answers"]) == 2:  # no labels at all
         told = told or create_model(args.model, args.model_kwargs).num_classes
+    else:  # torchvision's ImageNet has several names for each class
+        source = val if "train" in data["answers"] else train
+        source = getattr(source, "reader", source)
+        numbers = getattr(source, "wnid_to_idx", None) or getattr(source, "class_to_idx", {})
     classes = names or sorted(numbers, key=numbers.get) or [str(i) for i in range(told)]
     if not classes:
         raise UserError("this data set does not tell its classes: give --model-kwargs num_classes=")
     if told not in (0, len(classes)):
         raise UserError(f"num_classes={told}, but there are {len(classes)} classes")
     if len(classes) == 1:
-        name = f" ({classes[0]})" if classes[0] else ""
-        raise UserError(f"one class only{name}: at least two class folders are needed")
-    unknown = set() if args.dataset or "val" in data["answers"] else set(val.reader.class_to_idx)
-    if unknown := unknown - set(classes):
-        raise UserError(f"val has classes that train lacks: {', '.join(sorted(unknown)[:5])}")
+        raise UserError(f"one class only ({classes[0]}): at least two class folders are needed")
+    if not args.dataset and "val" not in data["answers"]:
+        if unknown := sorted(set(val.reader.class_to_idx) - set(classes)):
+            raise UserError(f"val has classes that train lacks: {', '.join(unknown[:5])}")
     if len(train) < 10:
         raise UserError(f"{len(train)} training images: ten are needed, as one in ten is held back")
     samples, held = samples_of(train), []
@@ -259,10 +238,9 @@ def make_baseline(args, data):
     fits = args.pretrained and len(data["classes"]) == model.pretrained_cfg["num_classes"]
     if args.checkpoint:
         fits = load_weights(model, args)
-    given = args.checkpoint or args.pretrained
     native = timm.data.resolve_model_data_config(model)
     size = to_2tuple(size or native["input_size"][1:])
-    if not given and max(size) < 128:
+    if not (args.checkpoint or args.pretrained) and max(size) < 128:
         native["crop_pct"] = 1.0  # CIFAR's images show little beside their object
     for key in ("mean", "std", "interpolation", "crop_pct"):
         data[key] = getattr(args, key) or native[key]
@@ -283,8 +261,7 @@ def make_baseline(args, data):
 
 def load_weights(model, args):
     """Loads --checkpoint into a timm model, from timm's keys or behind a prefix (backbone.), also
-    out of a dict of more ({"net": …}). Returns False where the classifier is for other classes, or
-    not there: it is a new one. UserError where anything else is."""
+    out of a dict of more ({"net": …}). Returns False where the classifier stays a new one."""
     wanted, state = model.state_dict(), {}
     if not os.path.isfile(args.checkpoint):
         raise UserError(f"{args.checkpoint} does not exist")
@@ -324,9 +301,8 @@ def load_weights(model, args):
 
 
 def sandwich(model, blocks, loader, epochs, args, teacher=None):
-    """A step of `train` by the sandwich rule: the largest subnet on the labels, then the smallest
-    and two random ones on its output as soft labels. Without `blocks` it is the baseline's, alone.
-    teacher: gives the soft labels instead; then the largest learns from them, too."""
+    """A step of `train` by the sandwich rule; without `blocks` it is the baseline's, alone.
+    teacher: gives the soft labels, of which the largest subnet then learns, too."""
     rng = random.Random()
 
     def step(images, labels, number):
@@ -365,8 +341,7 @@ def main():
     for part in data["answers"]:
         if not trained:
             raise UserError(f"the {part} images are in no class folders: that needs weights of"
-                            " these classes (--checkpoint, --pretrained), for answers in the place"
-                            " of labels")
+                            " these classes (--checkpoint, --pretrained), for answers as labels")
         images = make_loader({**data, "holdout": torch.tensor([])}, part, 64, device, args.workers)
         found = torch.cat([logits.argmax(1) for logits in answers(model, images)])
         data["answers"][part] = found.cpu()  # loaders' processes read it
@@ -387,14 +362,13 @@ def main():
           f" {len(data['holdout'])} of them held back")
     if state:
         print(f"going on after epoch {state['epoch']}")
-    if state and state["baseline"]:
+    if state and state.get("baseline"):
         baseline, baseline_weights = state["baseline"], state["baseline_state_dict"]
         model.load_state_dict(baseline_weights)
     else:
         step = sandwich(model, [], loader, range(epochs), args)
         model, result = train(model, step, lambda network: evaluate(network, val, split=True),
-                              loader, args, "baseline", range(epochs), args.lr, log, state=state,
-                              baseline=None)
+                              loader, args, "baseline", range(epochs), args.lr, log, state=state)
         baseline, state = {**cost(model, data["input_size"]), **result}, None
         baseline_weights = {key: value.cpu().clone() for key, value in model.state_dict().items()}
 

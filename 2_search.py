@@ -1,30 +1,19 @@
 """Stage 2 of 4: searches the supernet for the blocks to prune, with a genetic algorithm.
 
-Reads runs/supernet.pt. Writes runs/subnet.json, which can as well be written by hand: "prune" lists
-the module paths of the blocks to prune, or names a rung of the ladder for each; all else is for the
-record. Beside it, runs/subnet.front/ has a spec for each of the best trade-offs,
-runs/subnet.search.csv every subnet scored, with --plot runs/subnet.search.png shows them,
-runs/latency.json has the latencies of the blocks, and while the stage runs, runs/subnet.json.last
-is what --resume goes on from.
+Reads runs/supernet.pt. Writes runs/subnet.json: "prune" is what counts, all else is for the record.
+Beside it, subnet.front/ has a spec for each of the best trade-offs.
 
     python 2_search.py                     # half of the prunable blocks
     python 2_search.py --prune 6           # six of them (the paper's P6)
-    python 2_search.py --macs 0.6          # at most 60 % of the baseline's multiply-accumulates
-    python 2_search.py --params 0.5        # at most half of its parameters
-    python 2_search.py --latency 0.7 --latency-batch 1   # at most 70 % of its latency
     python 2_search.py --prune 2 4 6       # a search for each: runs/subnet-2.json, …
     python 2_search.py --score my.json     # only scores subnets of your own
     python 2_search.py --dry-run --latency 1   # what each block costs, and what can be reached
-    torchrun --nproc-per-node 8 2_search.py --workers 8  # shares the candidates out
 
---prune takes the first rung of each block's ladder, shares choose among all rungs. Budgets hold for
-the merged network. First every block is pruned alone, at each of its rungs: what that costs tells
-the genetic algorithm where to save. A candidate's score is its loss on training images that stage 1
-held back, after the BN statistics of a trained supernet were recalibrated, always from scratch and
-on the same images: no score depends on what was scored before. Of a supernet without training it is
-how little the features correlate with the unpruned network's, which needs no labels, and the best
-few are fitted in turn and scored again before one is picked. Where no more subnets keep to the
-budget than would be scored anyway, all of them are, and the best is the true optimum.
+Budgets hold for the merged network; of --prune all blocks are at their first rung. Every block is
+first pruned alone, at each rung: what that costs tells the genetic algorithm where to save. A score
+is the loss on the held-out training images, with BN statistics of its own, whatever was scored
+before; in an untrained supernet how little the features correlate with the unpruned network's, and
+there the best few are fitted in turn and scored again. Where few enough subnets fit, all are scored.
 """
 import argparse
 import contextlib
@@ -134,15 +123,14 @@ def merged_on(model, prune, device):
 @torch.inference_mode()
 def measure_blocks(model, blocks, images, count=16, rounds=9):
     """{"baseline": seconds, "savings": {block: [seconds of each gene]}, "error": …, "spread": …} of
-    merged networks.
-
-    Each block is timed inside the network, between its real neighbours, in all its forms: in the
+    merged networks. Each block is timed between its real neighbours, in all its forms: in the
     network with nothing pruned, the one with everything at its first rung, and more, at least
     `count`, in which each form of a block is about as frequent as any other; they take short turns.
     (Timed alone, with its input still in the cache, a block came out up to a quarter wrong.)
-    error: how far the sums are from the networks' times (median), as a share. spread: how far the
-    savings of blocks that are alike, and those of the two halves of the measurement, are apart at
-    most, as a share of the baseline's time."""
+
+    error: how far the sums are from the networks' times (median), as a share. spread: how far apart
+    the savings are at most of blocks that are alike, or of the measurement's two halves, as a share
+    of the baseline's time."""
     cuda, rng = images.device.type == "cuda", random.Random(0)
 
     def stamp():
@@ -176,15 +164,14 @@ def measure_blocks(model, blocks, images, count=16, rounds=9):
     times = {(name, gene): [] for name, n in zip(blocks, forms) for gene in range(n)}
     turns = list(zip(subnets, networks, totals)) * rounds
     for subnet, network, total in progress_bar(turns, "latency", unit="subnet"):
-        network(images)
         for runs in spans.values():
             runs.clear()
-        for _ in range(max(2, round(0.1 / total))):
+        for _ in range(1 + max(2, round(0.1 / total))):  # the first run does not count
             network(images)
         if cuda:
             torch.cuda.synchronize()
         spent = {name: statistics.median(
-            begin.elapsed_time(end) / 1e3 if cuda else end - begin for begin, end in runs)
+            begin.elapsed_time(end) / 1e3 if cuda else end - begin for begin, end in runs[1:])
             for name, runs in spans.items()}
         for name, gene in zip(blocks, subnet):  # without its attention's, a choice of its own
             inner = sum(spent[other] for other in blocks if other.startswith(f"{name}."))
@@ -214,8 +201,7 @@ def measure_blocks(model, blocks, images, count=16, rounds=9):
 
 
 def latency_table(path, checkpoint, model, blocks, images):
-    """measure_blocks' result, from `path` where that was measured in the same way, else measured
-    now. Under torchrun all processes get the first one's."""
+    """measure_blocks' result, or what `path` has, if of the same kind; one for all processes."""
     device, tables = images.device, [None]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:
@@ -275,10 +261,9 @@ def print_blocks(blocks, baseline, unpruned, savings):
 
 def make_budget(kind, value, blocks, baseline, unpruned, savings):
     """(sizes, fits, repair, every) for one budget. sizes: how many values each gene has;
-    fits(candidate) says whether a candidate keeps to the budget; repair(candidate, rng, loss_alone)
-    changes one until it does, by random steps on the ladders, most likely where
-    loss_alone[block][gene] grows least; every() yields all that keep to it. UserError where none
-    can, with the range that can be reached: so `repair` always finds one."""
+    fits(candidate): does it keep to the budget? repair(candidate, rng, loss_alone) changes one
+    until it does, by random steps on the ladders, most likely where loss_alone[block][gene] grows
+    least; every() yields all that keep to it. UserError where none can: so `repair` finds one."""
     # Every budget asks for savings from `low` to `high`; pruning a block may also save less than 0
     if kind == "prune":  # as in the paper: of their first rung
         table, low, high = [[0, 1] for _ in blocks], value, value
@@ -409,10 +394,8 @@ def search(score, budget, population, generations, seed, cost_key="macs", scores
            keep=lambda *_: None):
     """Genetic search for the candidate within `budget` with the lowest loss; exhaustive where no
     more subnets fit than population x generations. Returns {candidate: score(candidate)} of all
-    that were scored, with their "generation", and whether that is all that fit.
-
-    scores: what is known already, also from other budgets. keep(generation, scores) saves what
-    `first` goes on from."""
+    that were scored, with their "generation", and whether that is all that fit. scores: what is
+    known already. keep(generation, scores) saves what `first` goes on from."""
     scores = {} if scores is None else scores
     sizes, fits, repair, every = budget
     everything = list(itertools.islice(every(), population * generations + 1))
@@ -427,16 +410,14 @@ def search(score, budget, population, generations, seed, cost_key="macs", scores
         for candidate, result in zip(fresh, share_out(score, fresh, "one by one", 1)):
             scores[candidate] = {**result, "generation": 0}
         losses = (scores[candidate]["loss"] for candidate in alone)
-        # NaN becomes 1e9, too
-        loss_alone = [[min(1e9, next(losses)) for _ in range(size)] for size in sizes]
+        loss_alone = [[min(1e9, next(losses)) for _ in range(size)] for size in sizes]  # NaN, too
         if fresh:  # else they are in `scores`, maybe with later ones: that state must stay
             keep(0, scores)
     for generation in range(first, generations):
         rng, started, fresh = random.Random(f"{seed}/{generation}"), time.time(), set()
         parents = list(filter(fits, ranked(scores, cost_key)))[:max(2, population // 4)]
         if exact:
-            part = everything[population * generation:population * (generation + 1)]
-            fresh.update(candidate for candidate in part if candidate not in scores)
+            fresh = set(everything[population * generation:][:population]) - scores.keys()
         for _ in range(0 if exact else 20 * population):  # few are new where the space is small
             if len(fresh) == population:
                 break

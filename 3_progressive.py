@@ -1,31 +1,18 @@
 """Stage 3 of 4: trains the chosen subnet while it moves from the baseline's form to the pruned.
 
 Reads runs/supernet.pt and runs/subnet.json. Writes runs/subnet.pt: the subnet at lam = 1, ready to
-be merged. Beside it, runs/subnet.csv has a row per epoch, and more while lam rises, with --plot
-runs/subnet.png shows them, and while the stage runs, runs/subnet.pt.last is what --resume goes on
-from.
+be merged. Beside it, runs/subnet.csv has a row per epoch, and more while lam rises.
 
-    python 3_progressive.py
-    python 3_progressive.py --epochs 0                           # no training
-    python 3_progressive.py --epochs 30 --lr 5e-4
     python 3_progressive.py --control --plot     # beside the baseline, trained on for as long
     python 3_progressive.py --no-features        # labels, too, though stage 1 took weights
-    python 3_progressive.py --transition 0                       # direct pruning, to compare with
-    python 3_progressive.py --subnet my.json --supernet runs/supernet.pt
-    torchrun --nproc-per-node 8 3_progressive.py --amp --workers 8
 
-It starts from the baseline's own weights. `lam`, the paper's λ, of the pruned blocks rises with
-every step over the first --transition of the steps, fast at first and slowly near 1, where a little
-more costs most; after that it stays 1. The learning rate is held for the first half of the steps
-and falls to 0 by a cosine after that: it should not fall before lam is 1. The unpruned baseline's
+It starts from the baseline's own weights. `lam`, the paper's λ, rises with every step over the
+first --transition of the steps, slowly near 1, where a little more costs most. The baseline's
 outputs serve as soft labels; where stage 1 took weights, which know more than the images at hand,
-they and the features before the pooling are all that is learned (--features). With --epochs 0, and
-with --form fitted before anything else, the pruned blocks are fitted to the baseline in closed
-form, on --calibrate training images.
+they and the features before the pooling are all that is learned (--features).
 """
 import argparse
 import copy
-import itertools
 import math
 import os
 
@@ -55,16 +42,13 @@ flag("--transition", type=share, metavar="R", help="share of the steps while lam
 flag("--distill", type=share, default=0.5, metavar="W", help="weight of the baseline's soft labels")
 flag("--features", action=argparse.BooleanOptionalAction, default=None,
      help="learn the baseline's answers and its features before the pooling, and no labels; BN"
-          " statistics stay but in pruned blocks of the reparam form (None: where stage 1 took"
-          " weights)")
+          " statistics stay but in pruned reparam blocks (None: where stage 1 took weights)")
 flag("--form", choices=("reparam", "fitted"),
      help="of the pruned blocks (None: stage 1's; fitted with --features and with --epochs 0)")
 flag("--control", action=argparse.BooleanOptionalAction, default=None,
-     help="train the unpruned baseline for as long, too, to compare with (None: for the drawn"
-          " pictures of stage 1 only)")
-flag("--end-act", action=argparse.BooleanOptionalAction, default=None,
-     help="insert an activation at the end of pruned blocks that have none (None: if trained, in"
-          " a CNN of which all blocks are pruned, and in any ConvNeXt of the reparam form)")
+     help="train the baseline for as long, too (None: only for the drawn pictures of stage 1)")
+flag("--end-act", action=argparse.BooleanOptionalAction, help="insert an activation at the end of"
+     " pruned blocks (None: if trained, and all of a CNN are pruned, or it is a reparam ConvNeXt)")
 flag("--calibrate", type=at_least(0), default=4096, metavar="N",
      help="training images to fit the pruned blocks on; 0: each starts as its skip alone")
 training_flags(parser, warmup=0.0)
@@ -84,8 +68,8 @@ def plot(log, baseline, path):
     from matplotlib.figure import Figure
     figure = Figure((7, 7), layout="constrained")
     above, middle, below = figure.subplots(3, sharex=True)
-    for name, rows in itertools.groupby(log, key=lambda row: row["network"]):
-        rows = list(rows)
+    for name in dict.fromkeys(row["network"] for row in log):
+        rows = [row for row in log if row["network"] == name]
         steps, style = [row["step"] for row in rows], "-" if name == "subnet" else "--"
         if name == "subnet":
             above.plot(steps, [row["lam"] for row in rows], label="λ")

@@ -1,20 +1,16 @@
 """Stage 4 of 4: merges the trained subnet into plain layers, proves that it is the same, times it.
 
 Reads runs/subnet.pt. Writes runs/merged.pt (weights and what they are, for `blocks.build`),
-runs/merged.pt2 (torch.export, for any batch at the subnet's height and width: runs in any Python
-with torch, without this repository and without timm) and runs/merged.json (the table of the end).
-With --onnx it writes ONNX as well. A merged network that was trained further, {**checkpoint,
-"state_dict": …}, is exported again with --subnet FILE and another --out.
+runs/merged.pt2 (torch.export: runs in any Python with torch, for any batch at the subnet's height
+and width) and runs/merged.json (the table of the end, which times the file as read back). A merged
+network that was trained further, {**checkpoint, "state_dict": …}, is exported again with --subnet
+FILE and another --out.
 
-    python 4_merge.py
     python 4_merge.py --batch-size 1 16 --compile
     python 4_merge.py --fold-normalization --onnx             # takes RGB from 0 to 1; ONNX
 
-    program = torch.export.load("runs/merged.pt2").module()   # in a deployment
-    logits = program(images)                                  # (B, 3, H, W), normalised
-
 Merging is done in float64. If merged and unmerged differ on the validation images, it exits with
-status 1 and writes nothing. The table at the end times the file that was written, as read back.
+status 1 and writes nothing.
 """
 import argparse
 import contextlib
@@ -45,9 +41,8 @@ flag("--out", default="runs/merged.pt", metavar="FILE",
 
 @torch.no_grad()
 def check(names, ours, theirs, batches, bound, rounding=0.0):
-    """Prints and returns how far the logits of two networks are apart, computed in the dtype of
-    `ours`. UserError where that is more than `bound` times the logits' standard deviation, and more
-    than twice `rounding`, the rounding error that one of them has by itself."""
+    """Prints and returns how far two networks' logits are apart. UserError where that is more than
+    `bound` times their standard deviation, and than twice `rounding`, one network's own error."""
     errors, equal, logits = [], 0, []
     for images, _ in batches:
         images = images.to(next(ours.parameters()).dtype)
@@ -65,21 +60,6 @@ def check(names, ours, theirs, batches, bound, rounding=0.0):
     return error
 
 
-def export(network, about, path, onnx):
-    """Writes `network` as a torch.export program for any batch size, with `about` as its extra file
-    about.json, and into the file `onnx`, if there is one."""
-    images = torch.zeros(2, *about["input_size"])
-    batch = torch.export.Dim("batch", max=2**31 - 1)  # torch 2.6: attention needs a maximum
-    program = torch.export.export(network, (images,), dynamic_shapes=({0: batch},), strict=False)
-    about = json.dumps(about)
-    torch.export.save(program, path, extra_files={"about.json": about})
-    if onnx:
-        program = torch.onnx.export(program, dynamo=True, input_names=["images"],
-                                    output_names=["logits"], verbose=False)
-        program.model.metadata_props["about"] = about
-        program.save(onnx)
-
-
 @torch.no_grad()
 def write(args, onnx, merged, about, batches, rounding):
     """Writes --out and its exports, after these were checked on `batches`, as `check` says."""
@@ -92,15 +72,23 @@ def write(args, onnx, merged, about, batches, rounding):
         normalize.bias.copy_((-mean / std).flatten())
         network = nn.Sequential(normalize, network).eval()
         outside = {**about, "mean": [0.0] * len(mean), "std": [1.0] * len(mean)}
+    images, outside = torch.zeros(2, *about["input_size"]), json.dumps(outside)
+    batch = torch.export.Dim("batch", max=2**31 - 1)  # torch 2.6: attention needs a maximum
+    export = torch.export.export(network, (images,), dynamic_shapes=({0: batch},), strict=False)
 
     with contextlib.ExitStack() as stack:
         # All are written, then all take their places: a kill hardly ever leaves two networks
         pt, pt2, onnx_file = (path and stack.enter_context(atomic_write(path))
                               for path in (args.out, args.out + "2", onnx))
-        export(network, outside, pt2, onnx_file)
+        torch.export.save(export, pt2, extra_files={"about.json": outside})
         program = torch.export.load(pt2).module()
         check(f"{args.out}2 against merged", merged, lambda x: program(x * std + mean), batches,
               1e-4, rounding)
+        if onnx:
+            export = torch.onnx.export(export, dynamo=True, input_names=["images"],
+                                       output_names=["logits"], verbose=False)
+            export.model.metadata_props["about"] = outside
+            export.save(onnx_file)
         if onnx and importlib.util.find_spec("onnxruntime"):
             import onnxruntime
             session = onnxruntime.InferenceSession(onnx_file, providers=["CPUExecutionProvider"])
@@ -124,21 +112,21 @@ def peak_memory(network, images):
 
 def main():
     args, device, _ = start(parser, "subnet")
+    cuda = device.type == "cuda"
     if args.onnx and (missing := [name for name in ("onnx", "onnxscript")
                                   if not importlib.util.find_spec(name)]):
         raise UserError(f"--onnx needs more packages: pip install {' '.join(missing)}")
     onnx = os.path.splitext(args.out)[0] + ".onnx" if args.onnx else None
     table = os.path.splitext(args.out)[0] + ".json"
-    paths = [os.path.realpath(path) for path in (args.subnet, args.out, args.out + "2", onnx, table)
-             if path]
-    if len(set(paths)) < len(paths):
+    written = [path for path in (args.out, args.out + "2", onnx) if path]
+    if len({*map(os.path.realpath, (args.subnet, table, *written))}) < 2 + len(written):
         raise UserError("--subnet, --out and what is written beside it must be different files")
     checkpoint = read_checkpoint(args.subnet, "subnet", "merged")
     if checkpoint["stage"] == "merged":  # and trained further: there is nothing to merge or compare
         about = {key: value for key, value in checkpoint.items() if key != "state_dict"}
         images = torch.randn(64, *about["input_size"]).split(16)
         write(args, onnx, build(checkpoint), about, [(batch, None) for batch in images], 0.0)
-        print(f"wrote {', '.join(filter(None, (args.out, args.out + '2', onnx)))}")
+        print(f"wrote {', '.join(written)}")
         return
     data = {**checkpoint["data"], "data_dir": args.data_dir or checkpoint["data"]["data_dir"]}
     model, baseline = build(checkpoint), build(checkpoint, baseline=True)
@@ -184,25 +172,22 @@ def main():
             seconds = latencies(networks.values(), images)
             timed = zip(facts, networks.values(), seconds.tolist())
             for fact, network, (low, median, high) in timed:
-                memory = peak_memory(network, images) if device.type == "cuda" else None
+                memory = peak_memory(network, images) if cuda else None
                 rows.append({**fact, "compiled": compiled, "batch": batch, "memory": memory,
                              "seconds": median, "quartiles": [low, high],
                              "images_per_s": batch / median, "speed_up": seconds[1, 1] / median})
     where = f"cpu, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        where = torch.cuda.get_device_name(device)
+    where = torch.cuda.get_device_name(device) if cuda else where
     print(f"\n{about['model']} at {about['input_size'][-1]} px, {len(about['prune'])} blocks"
           f" pruned, on {where}, torch {torch.__version__}\n")
     header = ("", "params (M)", "MACs (M)", "top-1 (%)", "agree (%)", "batch", "latency (ms)",
-              "quartiles", "images/s", "speed-up",
-              *(["memory (MB)"] if device.type == "cuda" else []))
+              "quartiles", "images/s", "speed-up", *["memory (MB)"] * cuda)
     lines = [
         (r["network"] + ", compiled" * r["compiled"], f"{r['params'] / 1e6:.3f}",
          f"{r['macs'] / 1e6:.1f}", f"{r['top1']:.2f}", f"{r['agreement']:.2f}", str(r["batch"]),
          f"{r['seconds'] * 1e3:.2f}", " - ".join(f"{s * 1e3:.2f}" for s in r["quartiles"]),
          f"{r['images_per_s']:.0f}", f"{r['speed_up']:.2f}x",
-         *([f"{r['memory'] / 1e6:.1f}"] if r["memory"] else []))
-        for r in rows]
+         *([f"{r['memory'] / 1e6:.1f}"] if cuda else [])) for r in rows]
     if control := checkpoint["control"]:
         empty = [""] * (len(header) - 5)
         found = (f"{control[key]:.2f}" if key in control else "" for key in ("top1", "agreement"))
@@ -212,7 +197,7 @@ def main():
         print("control: the baseline, trained for as long as this subnet")
     save({"model": about["model"], "prune": about["prune"], "device": where, "control": control,
           "input_size": about["input_size"], "torch": torch.__version__, "rows": rows}, table)
-    print("\nwrote " + ", ".join(filter(None, (args.out, args.out + "2", onnx, table))))
+    print(f"\nwrote {', '.join((*written, table))}")
 
 
 if __name__ == "__main__":

@@ -1,33 +1,23 @@
 """Prunable CNN and ViT blocks, and what the four stages share.
 
-UPDP prunes depth: it replaces whole blocks of a network by smaller ones that merge into one layer
-each (Liu et al., "UPDP: A Unified Progressive Depth Pruner for CNN and Vision Transformer", AAAI
-2024). Every prunable block has a baseline form and a pruned one, and `lam`, the paper's λ, leads
-from one to the other:
+UPDP prunes depth: it replaces whole blocks of a network by smaller ones that merge into one or two
+layers each (Liu et al., "UPDP: A Unified Progressive Depth Pruner for CNN and Vision Transformer",
+AAAI 2024). `lam`, the paper's λ, leads from a block's baseline form to its pruned one:
 
-    lam = 0   the baseline block: timm's own forward, bit for bit
-    lam = 1   the pruned block: linear up to its last activation (in a ViT: the MLP half), so that
-              `fuse()` can make plain layers of it, with norms and skip folded in, exactly
+    lam = 0   timm's own forward, bit for bit
+    lam = 1   linear up to its last activation (in a ViT: the MLP half), so that `fuse()` can make
+              plain layers of it, with norms and skip folded in, exactly
 
 The pruned block comes in two forms, which merge into layers of the same shape:
 
     reparam   the paper's: the block's own layers. With lam, activations inside become the identity,
-              LayerNorm becomes BatchNorm, and an activation is inserted at the end. What is linear
-              then is composed into one layer (reparameterisation).
-    fitted    new layers of the merged shape, which `fit` solves in closed form so that they
-              reproduce the block's output. lam blends the outputs. It prunes without training, and
-              takes blocks whose own layers cannot be merged (squeeze-excite).
+              LayerNorm becomes BatchNorm, and an activation is inserted at the end; what is linear
+              then is composed into one layer
+    fitted    new layers of the merged shape, which `fit` solves in closed form; lam blends the
+              outputs. For blocks whose own layers cannot be merged, too, and without training
 
-    timm class                    reparam form, lam = 1              ladder
-    resnet.BasicBlock             conv1, bn1, centre of conv2, bn2   dense, 1x1, skip
-    resnet.Bottleneck             the same, conv3, bn3               lowrank or 1x1, skip
-    InvertedResidual              its convs and BNs                  dense, separable, 1x1, skip
-    convnext.ConvNeXtBlock        conv_dw, BatchNorm, γ, fc2, fc1    separable, depthwise, skip
-    vision_transformer.Block      BatchNorm, fc2, fc1 for the MLP    linear, skip
-    vision_transformer.Attention  fitted only, if asked for          linear, skip
-
-The ladder's names, its rungs, say what a block merges into; `skip` is nothing beside the skip. The
-first rung is the paper's. Lower ones are always fitted, each cheaper than the one before.
+What a block merges into is a rung of its ladder (README.md lists them). The first is the paper's,
+lower ones are always fitted, each cheaper than the one before; `skip` is nothing beside the skip.
 
 In this file: λ; what all blocks share, and one family whole; networks, and how they merge; the
 other families; the fit; then what the stages share: costs, files, start-up, images, training.
@@ -70,10 +60,8 @@ from torch.utils.data.distributed import DistributedSampler
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-try:
+if os.name == "posix":  # not on Windows
     import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 BatchNorm = nn.modules.batchnorm._BatchNorm  # 1d, 2d, Sync and timm's BatchNormAct2d alike
 add_img_extensions((".bmp", ".tif", ".tiff", ".webp"))  # timm's folders leave them out otherwise
@@ -95,8 +83,7 @@ def blend(baseline, pruned, lam):
 
 
 def fade(act, z, lam):
-    """act(z) at lam = 0, z at 1. Many activations work in place, but between 0 and 1, z is used
-    twice."""
+    """act(z) at lam = 0, z at 1. Many activations work in place, but in between z is used twice."""
     return act(z) if lam == 0 else blend(lambda: act(z.clone()), lambda: z, lam)
 
 
@@ -131,16 +118,18 @@ class Prunable:
     """A block that can be pruned. `make_prunable` turns a timm block into one in place, by changing
     its class: weights, state-dict keys and isinstance checks stay timm's. `self.rung` says what it
     is pruned to: of the fitted form if `self.fitted` has layers for that rung, else of the paper's.
-    A family names its timm class and has
+    A family names its timm class and has, beside methods in the place of those below,
 
-        skip_module()            the skip; None where there is none
+        skip_module()            the skip; None, as by default, where there is none
         reparam_layers(x, lam)   the block's own layers beside the skip: at 0 timm's, at 1 linear
         composed()               those at lam = 1, in eval mode, as a list of plain layers
         fitted_layers(rung)      new linear layers and a BatchNorm for each rung but "skip", a list
-
-    and methods of its own in the place of those below that do not fit."""
+    """
     stays_nonlinear = False  # True: what pruning leaves of the block is not linear (attention)
     why_not_prunable = why_not_reparam = staticmethod(lambda block: None)  # or a reason
+    skip_module = lambda self: None
+    reparam_norm = lambda self: None  # or a BatchNorm that takes the place of another norm
+    last_act = lambda self: None if self.rung == "skip" else self.end_act
 
     def ladder(self):
         """Names of the rungs, the most expensive first."""
@@ -155,9 +144,10 @@ class Prunable:
         return blend(lambda: self.join(skip, self.reparam_layers(inside, 0, **attn_args), 0),
                      lambda: self.join(skip, on_rows(self.fitted[self.rung], inside), 1), self.lam)
 
-    def split(self, x):
+    def split(self, x, **attn_args):
         """(skip, inside): what both forms are added to, and what their layers work on."""
-        return 0 if self.skip_module() is None else self.skip_module()(x), x
+        skip = self.skip_module()
+        return 0 if skip is None else skip(x), x
 
     def join(self, skip, branch, lam):
         """The block's output, from its skip and what is beside it."""
@@ -165,31 +155,21 @@ class Prunable:
             branch = self.drop_path(branch)
         return self.end(skip + branch, lam)
 
-    def last_act(self):
-        return None if self.rung == "skip" else self.end_act
-
     def end(self, y, lam):
-        """The last activation: timm's own if the block has one, or an inserted one, which fades
-        in."""
+        """The last activation: timm's own, or an inserted one, which fades in."""
         act = self.last_act()
         return y if act is None else fade(act, y, 1 - lam if act is self.end_act else 0)
 
     def act_to_insert(self):
         return copy.deepcopy(self.mlp.act) if hasattr(self, "mlp") else None
 
-    def reparam_norm(self):
-        """A BatchNorm that takes the place of another norm, or None."""
-        return None
-
     def linear_inputs(self, x):
         """What the linear layers that `fit` solves work on, as rows."""
         return pixel_rows(x)
 
-    @torch.no_grad()
     def solve_rung(self, rung, mean, gram, cross, bias, ridge):
-        """Solves a rung's layers, here a BatchNorm and the last one, for linear_inputs of this mean
-        (d,) and covariance `gram` (d, d), and wanted outputs of mean `bias` (O,) and covariance
-        `cross` (d, O) with them."""
+        """Solves a rung's layers, for linear_inputs of this mean (d,) and covariance `gram` (d, d),
+        and wanted outputs of mean `bias` (O,) and covariance `cross` (d, O) with them."""
         *_, bn, last = self.fitted[rung]
         weight, variance = solve(gram, cross, ridge).T, gram.diagonal().clamp(min=0)
         set_bn(bn, mean, variance, torch.ones_like(mean), torch.zeros_like(mean))
@@ -198,13 +178,11 @@ class Prunable:
 
     @torch.no_grad()
     def fuse(self):
-        """The merged block at lam = 1, timm's own block at 0; ValueError in between, where there is
-        no exact merge. timm's reparameterize_model calls this."""
+        """The merged block at lam = 1, timm's own at 0. timm's reparameterize_model calls this."""
         if self.lam == 1:
             return self.merged()
         if self.lam != 0:
-            raise ValueError(f"a block at lam = {self.lam:g} is still in transition: only 0 and 1"
-                             " merge exactly")
+            raise ValueError(f"a block in transition, at lam = {self.lam:g}, has no exact merge")
         for name in ("fitted", "end_act", "norm_bn", "lam", "rungs", "rung"):
             delattr(self, name)
         self.__class__ = self.timm_class
@@ -235,23 +213,14 @@ class MergedBlock(nn.Module):
         return self.act(y if self.skip is None else y + self.skip(x))
 
 
-class Zero(nn.Module):
-    """The layers of a block of which only the skip is left: they add 0 to it."""
-
-    def forward(self, x):
-        return torch.zeros_like(x)
-
-
 def is_conv1x1(skip):
-    """Is a skip one 1x1 conv and a BatchNorm? resnet-d's averages first, over fewer pixels at an
-    odd border."""
+    """A 1x1 conv and a BatchNorm? (resnet-d's averages before: fewer pixels at an odd border.)"""
     return isinstance(skip, nn.Sequential) and isinstance(skip[1], BatchNorm) \
         and skip[0].kernel_size == (1, 1)
 
 
 def fold_skip(layer, skip):
-    """Adds the skip to a linear layer or to the centre taps of a conv, in place. False where they
-    cannot be one layer."""
+    """Adds the skip to a linear layer or a conv's centre taps, in place. False if it cannot."""
     centre = layer.weight if layer.weight.ndim == 2 else centre_taps(layer.weight, 1)[:, :, 0, 0]
     if isinstance(skip, nn.Identity):
         channels = torch.arange(len(centre), device=centre.device)
@@ -284,8 +253,7 @@ def conv_like(conv, weight, bias, groups=1):
 
 
 def fold_norms(layers):
-    """The layers without their BatchNorms, in eval mode: these become part of the conv before them
-    or of the linear layer behind them."""
+    """The layers, each BatchNorm folded into the conv before it or the linear layer behind it."""
     plain = []
     for layer in layers:
         if isinstance(layer, BatchNorm) and plain:
@@ -298,10 +266,9 @@ def fold_norms(layers):
 
 
 def set_bn(bn, mean, variance, weight, bias):
-    """Sets all of a BatchNorm."""
-    for name, value in (("running_mean", mean), ("running_var", variance), ("weight", weight),
-                        ("bias", bias)):
-        getattr(bn, name).copy_(value)
+    tensors = bn.running_mean, bn.running_var, bn.weight, bn.bias
+    for tensor, value in zip(tensors, (mean, variance, weight, bias)):
+        tensor.copy_(value)
 
 
 def zero(layer):
@@ -312,7 +279,9 @@ def zero(layer):
 
 
 def on_rows(layers, x):
-    """layers(x); tokens (B, N, C) go in as (B·N, C), over which a BatchNorm takes its average."""
+    """layers(x), 0 without any; tokens (B, N, C) go in as (B·N, C), for a BatchNorm's average."""
+    if isinstance(layers, nn.Sequential) and not len(layers):  # only the skip is left
+        return torch.zeros_like(x)
     return layers(x.flatten(0, 1)).unflatten(0, x.shape[:2]) if x.ndim == 3 else layers(x)
 
 
@@ -321,18 +290,36 @@ def pixel_rows(x):
     return (x.movedim(1, -1) if x.ndim == 4 else x).flatten(0, -2)
 
 
-def why_not_composed(convs, norms):
-    """Why convs, each with a norm behind it, cannot be composed, or None."""
-    if any(type(conv) not in (nn.Conv2d, Conv2dSame) or conv.bias is not None for conv in convs):
-        return "convs with a bias, or of another kind, inside"
-    if not all(isinstance(norm, BatchNorm) for norm in norms):
-        return "no BatchNorm inside"
-
-
 class PrunableConvs(Prunable):
-    """What blocks have in common that are pruned to convs. `self.shape()` is a conv whose stride
-    the new ones have, their channels in and out, and the kernel size of a dense one; `self.rank`
-    the channels between the two of "lowrank"."""
+    """Blocks of convs, each with a norm behind it (`convs` names both), that are pruned to convs.
+    `self.shape()` is a conv whose stride the new ones have, their channels in and out, and the
+    kernel size of a dense one; `self.rank` the channels between the two of "lowrank"."""
+
+    @classmethod
+    def own_layers(cls, block):
+        return [(getattr(block, conv), getattr(block, norm)) for conv, norm in cls.convs.items()]
+
+    @classmethod
+    def why_not_prunable(cls, block):
+        if not isinstance(block.aa, nn.Identity):
+            return "anti-aliasing inside"
+        plain = all(isinstance(conv, nn.Conv2d) for conv, _ in cls.own_layers(block))
+        if getattr(block, "conv_s2d", None) or not plain:
+            return "convs of another kind inside (mixed, conditional, space-to-depth)"
+
+    @classmethod
+    def why_not_reparam(cls, block):
+        if not isinstance(block.se, (nn.Identity, type(None))):
+            return "squeeze-excite inside"
+        for conv, norm in cls.own_layers(block):
+            if type(conv) not in (nn.Conv2d, Conv2dSame) or conv.bias is not None:
+                return "convs with a bias, or of another kind, inside"
+            if not isinstance(norm, BatchNorm):
+                return "no BatchNorm inside"
+
+    def folded(self):
+        """The block's own convs, with their BatchNorms folded in."""
+        return [fuse_conv_bn_eval(conv, bn) for conv, bn in self.own_layers(self)]
 
     def fitted_layers(self, rung):
         like, inputs, outputs, size = self.shape()
@@ -360,7 +347,6 @@ class PrunableConvs(Prunable):
         one_tap = torch.eye(size ** 2).to(x).view(-1, 1, size, size).repeat(channels, 1, 1, 1)
         return pixel_rows(conv_like(like, one_tap, None, channels)(x))
 
-    @torch.no_grad()
     def solve_rung(self, rung, mean, gram, cross, bias, ridge):
         (*first, conv, bn), (_, inputs, _, size) = self.fitted[rung], self.shape()
         if rung == "1x1":
@@ -385,19 +371,11 @@ class PrunableConvs(Prunable):
 
 class PrunableBasicBlock(PrunableConvs, resnet.BasicBlock):
     """conv3x3-bn-act-conv3x3-bn + skip, act. Two 3x3 convs would compose to a 5x5, which costs more
-    than both: so conv2 shrinks to its centre tap, and the two are one 3x3 conv, at half the
-    cost."""
+    than both: so conv2 shrinks to its centre tap, and one 3x3 conv is left, at half the cost."""
     timm_class = resnet.BasicBlock
-
-    @staticmethod
-    def why_not_prunable(block):
-        return None if isinstance(block.aa, nn.Identity) else "anti-aliasing inside"
-
-    @staticmethod
-    def why_not_reparam(block):
-        if block.se is not None:
-            return "squeeze-excite inside"
-        return why_not_composed((block.conv1, block.conv2), (block.bn1, block.bn2))
+    convs = {"conv1": "bn1", "conv2": "bn2"}
+    skip_module = lambda self: self.downsample or nn.Identity()
+    last_act = lambda self: self.act2
 
     def ladder(self):
         return ["dense", "1x1"] + ["skip"] * (self.downsample is None)
@@ -405,23 +383,13 @@ class PrunableBasicBlock(PrunableConvs, resnet.BasicBlock):
     def shape(self):
         return self.conv1, self.conv1.in_channels, self.conv2.out_channels, 3
 
-    def skip_module(self):
-        return nn.Identity() if self.downsample is None else self.downsample
-
-    def split(self, x):
-        return x if self.downsample is None else self.downsample(x), x
-
-    def last_act(self):
-        return self.act2
-
     def reparam_layers(self, x, lam):
         z = fade(self.act1, self.drop_block(self.bn1(self.conv1(x))), lam)
         z = self.bn2(fade_taps(self.conv2, z, 1, lam))
         return z if self.se is None else self.se(z)
 
     def composed(self):
-        conv1 = fuse_conv_bn_eval(self.conv1, self.bn1)
-        conv2 = fuse_conv_bn_eval(self.conv2, self.bn2)
+        conv1, conv2 = self.folded()
         centre = centre_taps(conv2.weight, 1).flatten(1), conv2.bias
         return [conv_like(self.conv1, *compose((conv1.weight, conv1.bias), centre))]
 
@@ -429,16 +397,14 @@ class PrunableBasicBlock(PrunableConvs, resnet.BasicBlock):
 # ---- networks of blocks --------------------------------------------------------------------------
 
 def make_prunable(model, form="reparam", end_act=None, attention=False):
-    """Turns a timm model's blocks prunable, in place. Nothing is pruned yet: the outputs stay the
-    same bits. Load the weights before: pruned forms copy some of them.
+    """Turns a timm model's blocks prunable, in place, and returns their module paths, in running
+    order. Nothing is pruned yet: the outputs stay the same bits. Load the weights before: pruned
+    forms copy some of them. UserError where there is no such block.
 
-    form: "reparam", the paper's, or "fitted". Blocks whose own layers cannot be merged are fitted
-    in any case, and so are all rungs of the ladder but the first; until `fit` or training, a fitted
-    form is its skip alone, if it has one.
-    end_act: insert an activation at the end of pruned blocks that have none? None: see
-    `default_end_act`. attention: let the attention of ViT blocks be pruned, too: "blocks.0.attn" is
-    a choice beside "blocks.0", the block's MLP. Returns the module paths of the blocks, in running
-    order. UserError where there is none."""
+    form: "reparam" or "fitted", as are blocks whose own layers cannot be merged and lower rungs in
+    any case; until `fit` or training, a fitted form is its skip alone, if it has one. end_act:
+    insert an activation at the end of pruned blocks that have none? None: see `default_end_act`.
+    attention: let attention be pruned, too: "blocks.0.attn" beside "blocks.0", the block's MLP."""
     if form not in ("reparam", "fitted"):
         raise ValueError(f"form is reparam or fitted, not {form}")
 
@@ -448,7 +414,7 @@ def make_prunable(model, form="reparam", end_act=None, attention=False):
         block.lam, block.end_act, block.rungs = 0.0, None, block.ladder()
         block.rung = block.rungs[0]
         block.fitted = nn.ModuleDict({
-            rung: Zero() if rung == "skip" else nn.Sequential(*block.fitted_layers(rung))
+            rung: nn.Sequential(*(block.fitted_layers(rung) if rung != "skip" else ()))
             for rung in block.rungs[reparam:]})
         block.norm_bn = block.reparam_norm() if reparam else None
         for new in set(block.modules()) - timm_modules:
@@ -481,11 +447,9 @@ def make_prunable(model, form="reparam", end_act=None, attention=False):
 
 
 def default_end_act(model, form, prune=()):
-    """Whether blocks get an activation at their end, if only those in `prune` are pruned.
-
-    Not where attention keeps a network nonlinear. In a CNN of which all blocks are pruned nothing
-    else is nonlinear. While some stay, it is better only in ConvNeXts of the paper's form; inverted
-    residuals have few channels in their skip, which it would clip."""
+    """Whether blocks get an activation at their end, if only those in `prune` are pruned. In a CNN
+    of which all are pruned nothing else is nonlinear. While some stay, it is better only in
+    ConvNeXts of the paper's form: it would clip the few channels in inverted residuals' skips."""
     blocks = prunable_blocks(model)
     if any(block.stays_nonlinear for block in blocks.values()):
         return False
@@ -542,22 +506,20 @@ def set_subnet(model, prune, lam=1.0):
 
 @torch.no_grad()
 def merge(model):
-    """A merged copy of `model`, in eval mode: each block at lam = 1 becomes one or two plain
-    layers, each other block timm's own, and every BN that follows a conv is folded into it.
-    Computed in float64, returned in the model's own dtype."""
+    """A merged copy of `model`, in its dtype and eval mode, computed in float64: pruned blocks are
+    one or two plain layers, the others timm's own, and BNs part of the convs before them."""
     dtype = next(model.parameters()).dtype
     merged = reparameterize_model(copy.deepcopy(model).double().eval(), inplace=True)
-    last = None  # path and module of the leaf before: a conv's BN is registered right behind it
+    name, leaf = "", None  # the one before: a conv's BN is registered right behind it
     for path, module in list(merged.named_modules()):
         if isinstance(module, BatchNorm):
-            if last and isinstance(last[1], nn.Conv2d) \
-                    and last[1].out_channels == module.num_features:
-                merged.set_submodule(last[0], fuse_conv_bn_eval(last[1], module))
+            if isinstance(leaf, nn.Conv2d) and leaf.out_channels == module.num_features:
+                merged.set_submodule(name, fuse_conv_bn_eval(leaf, module))
                 # BatchNormAct2d has an activation inside, which stays
                 merged.set_submodule(path, getattr(module, "act", nn.Identity()))
-            last = None
+            leaf = None
         elif not list(module.children()):
-            last = path, module
+            name, leaf = path, module
     return merged.to(dtype).eval()
 
 
@@ -622,20 +584,13 @@ def not_fitted(model):
 
 class PrunableBottleneck(PrunableConvs, resnet.Bottleneck):
     """conv1x1-bn-act-conv3x3-bn-act-conv1x1-bn + skip, act. A dense conv costs as much as the block
-    or more: so conv2 shrinks to its centre tap, and two 1x1 convs are left, with the inner width
-    between them. One is left where it is cheaper: the inner width is half of the outer one or more,
-    or a 1x1 conv in the skip goes into it."""
+    or more: so conv2 shrinks to its centre tap, and two 1x1 convs are left, or one, where that is
+    cheaper: the inner width is half the outer or more, or a 1x1 conv in the skip goes into it."""
     timm_class = resnet.Bottleneck
-    why_not_prunable = staticmethod(PrunableBasicBlock.why_not_prunable)
-    skip_module, split = PrunableBasicBlock.skip_module, PrunableBasicBlock.split
+    convs = {"conv1": "bn1", "conv2": "bn2", "conv3": "bn3"}
+    skip_module = PrunableBasicBlock.skip_module
+    last_act = lambda self: self.act3
     rank = property(lambda self: self.conv3.in_channels)
-
-    @staticmethod
-    def why_not_reparam(block):
-        if block.se is not None:
-            return "squeeze-excite inside"
-        return why_not_composed((block.conv1, block.conv2, block.conv3),
-                                (block.bn1, block.bn2, block.bn3))
 
     def ladder(self):
         _, inputs, outputs, _ = self.shape()
@@ -645,9 +600,6 @@ class PrunableBottleneck(PrunableConvs, resnet.Bottleneck):
     def shape(self):
         return self.conv2, self.conv1.in_channels, self.conv3.out_channels, 1
 
-    def last_act(self):
-        return self.act3
-
     def reparam_layers(self, x, lam):
         z = fade(self.act1, self.bn1(self.conv1(x)), lam)
         z = self.drop_block(self.bn2(fade_taps(self.conv2, z, 1, lam)))
@@ -655,8 +607,7 @@ class PrunableBottleneck(PrunableConvs, resnet.Bottleneck):
         return z if self.se is None else self.se(z)
 
     def composed(self):
-        conv1, conv2, conv3 = (fuse_conv_bn_eval(conv, bn) for conv, bn in (
-            (self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)))
+        conv1, conv2, conv3 = self.folded()
         centre = torch.block_diag(*centre_taps(conv2.weight, 1).flatten(1).chunk(conv2.groups))
         first, shift = compose((conv1.weight, conv1.bias), (centre, conv2.bias))
         both, bias = compose((first, shift), weight_and_bias(conv3))
@@ -671,28 +622,18 @@ class PrunableInvertedResidual(PrunableConvs, _efficientnet_blocks.InvertedResid
     where that costs less than the block, else the depthwise conv shrinks to its inner 3x3 taps.
 
     The depthwise conv pads with 0, but outside of the image a merged conv has what BN1 makes of 0.
-    So this shift fades out as well, and BN2 absorbs it: at lam = 1 nothing that is padded carries a
-    constant, and borders are exact."""
+    So this shift fades out, too, and BN2 absorbs it: at lam = 1 borders are exact."""
     timm_class = _efficientnet_blocks.InvertedResidual
+    convs = {"conv_pw": "bn1", "conv_dw": "bn2", "conv_pwl": "bn3"}
+    skip_module = lambda self: nn.Identity() if self.has_skip else None
 
-    @staticmethod
-    def why_not_prunable(block):
-        convs = block.conv_pw, block.conv_dw, block.conv_pwl
-        if not isinstance(block.aa, nn.Identity):
-            return "anti-aliasing inside"
-        if block.conv_s2d is not None or not all(isinstance(conv, nn.Conv2d) for conv in convs):
-            return "convs of another kind inside (mixed, conditional, space-to-depth)"
-
-    @staticmethod
-    def why_not_reparam(block):
-        pw, dw, pwl = block.conv_pw, block.conv_dw, block.conv_pwl
-        if not isinstance(block.se, nn.Identity):
-            return "squeeze-excite inside"
-        if not PrunableInvertedResidual.merged_size(block):
+    @classmethod
+    def why_not_reparam(cls, block):
+        if not cls.merged_size(block):
             return "a dense 3x3 conv would be more expensive"
-        if dw.groups < dw.in_channels:
+        if block.conv_dw.groups < block.conv_dw.in_channels:
             return "grouped convs inside"
-        return why_not_composed((pw, dw, pwl), (block.bn1, block.bn2, block.bn3))
+        return super().why_not_reparam(block)
 
     def merged_size(self):
         """Of the dense conv's kernel; None where any would cost more MACs than the block."""
@@ -712,12 +653,6 @@ class PrunableInvertedResidual(PrunableConvs, _efficientnet_blocks.InvertedResid
         size = self.merged_size() or 3
         return self.conv_dw, self.conv_pw.in_channels, self.conv_pwl.out_channels, size
 
-    def skip_module(self):
-        return nn.Identity() if self.has_skip else None
-
-    def split(self, x):
-        return x if self.has_skip else 0, x
-
     def act_to_insert(self):
         return copy.deepcopy(getattr(self.bn2, "act", nn.ReLU()))  # EvoNorm has none
 
@@ -733,8 +668,7 @@ class PrunableInvertedResidual(PrunableConvs, _efficientnet_blocks.InvertedResid
         return self.bn3(self.conv_pwl(z))
 
     def composed(self):
-        pw, dw, pwl = (fuse_conv_bn_eval(conv, bn) for conv, bn in (
-            (self.conv_pw, self.bn1), (self.conv_dw, self.bn2), (self.conv_pwl, self.bn3)))
+        pw, dw, pwl = self.folded()
         taps = centre_taps(dw.weight, self.merged_size())  # (M, 1, k, k), pw.weight (M, I, 1, 1)
         dense = taps * pw.weight, dw.bias
         return [conv_like(self.conv_dw, *compose(dense, weight_and_bias(pwl)))]
@@ -742,8 +676,7 @@ class PrunableInvertedResidual(PrunableConvs, _efficientnet_blocks.InvertedResid
 
 def replace_norm(norm, bn, like):
     """The BatchNorm `bn`, on the device of the layer `like`, with weight and bias of `norm`, which
-    it will replace. Its statistics are not those of any images yet: `recalibrate`, or train, before
-    it is used."""
+    it will replace. Its statistics are of no images yet: `recalibrate`, or train, before use."""
     bn = bn.to(like.weight)
     for key, value in norm.named_parameters():  # weight, bias, or none
         getattr(bn, key).data.copy_(value.data)
@@ -763,15 +696,13 @@ def weight_and_bias(layer):
 
 
 def compose_mlp(mlp, scale=None):
-    """Weight (C_out, C_in) and bias of scale * fc2(fc1(x)), in timm's Mlp without its activation.
-    scale: None or (C_out,)."""
+    """Weight (C_out, C_in) and bias of scale·fc2(fc1(x)). scale: None or (C_out,)."""
     weight, bias = compose(weight_and_bias(mlp.fc1), weight_and_bias(mlp.fc2))
     return (weight, bias) if scale is None else (weight * scale[:, None], bias * scale)
 
 
 def fade_mlp(mlp, x, lam):
-    """timm's Mlp on x (..., C), with its activation fading out. At lam = 1 fc2·fc1 is one matrix,
-    at an eighth of the cost."""
+    """timm's Mlp on x (..., C), its activation fading. At 1 fc2·fc1 is one matrix, 1/8 the cost."""
     if lam == 0:
         return mlp(x)
     if lam == 1:
@@ -781,8 +712,7 @@ def fade_mlp(mlp, x, lam):
 
 
 def bn_linear(in_features, out_features, like):
-    """A BatchNorm and a linear layer on rows, on the device of the layer `like`, with an output of
-    0."""
+    """A BatchNorm and a linear layer on rows, on the device of `like`, with an output of 0."""
     layers = nn.BatchNorm1d(in_features), zero(nn.Linear(in_features, out_features))
     return [layer.to(like.weight) for layer in layers]
 
@@ -805,12 +735,10 @@ class PrunableConvNeXtBlock(Prunable, convnext.ConvNeXtBlock):
     depthwise conv stays, with its BN folded in, and γ·fc2·fc1 becomes one 1x1 conv."""
     timm_class = convnext.ConvNeXtBlock
     why_not_reparam = staticmethod(why_not_plain_mlp)
+    skip_module = lambda self: self.shortcut
 
     def ladder(self):
         return ["separable", "depthwise"] + ["skip"] * isinstance(self.shortcut, nn.Identity)
-
-    def skip_module(self):
-        return self.shortcut
 
     def reparam_norm(self):
         return replace_norm(self.norm, nn.BatchNorm2d(self.conv_dw.out_channels), self.conv_dw)
@@ -838,7 +766,6 @@ class PrunableConvNeXtBlock(Prunable, convnext.ConvNeXtBlock):
     def linear_inputs(self, x):
         return pixel_rows(self.conv_dw(x))
 
-    @torch.no_grad()
     def solve_rung(self, rung, mean, gram, cross, bias, ridge):
         dw, bn = self.fitted[rung][:2]
         dw.load_state_dict(self.conv_dw.state_dict())
@@ -857,14 +784,12 @@ class PrunableViTBlock(Prunable, vision_transformer.Block):
     why_not_reparam = staticmethod(why_not_plain_mlp)
     stays_nonlinear = True
     drop_path = property(lambda self: self.drop_path2)
+    skip_module = lambda self: nn.Identity()
 
     @staticmethod
     def why_not_prunable(block):
         if not isinstance(getattr(block.mlp, "fc2", None), nn.Linear):
             return f"{type(block.mlp).__name__} as its MLP"
-
-    def skip_module(self):
-        return nn.Identity()
 
     def split(self, x, **attn_args):
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **attn_args)))
@@ -884,7 +809,6 @@ class PrunableViTBlock(Prunable, vision_transformer.Block):
     def fitted_layers(self, rung):
         return bn_linear(self.mlp.fc2.out_features, self.mlp.fc2.out_features, self.mlp.fc2)
 
-    @torch.no_grad()
     def fuse(self):
         attn = self.attn.fuse() if isinstance(self.attn, Prunable) else self.attn
         if self.lam == 0 and attn is self.attn:
@@ -895,8 +819,7 @@ class PrunableViTBlock(Prunable, vision_transformer.Block):
 
 
 class MergedViTBlock(nn.Module):
-    """timm's block with another second half, or with a linear layer, or nothing, for its
-    attention."""
+    """timm's block with another second half; its attention may be a linear layer, or nothing."""
 
     def __init__(self, norm1, attn, ls1, mlp):
         super().__init__()
@@ -911,17 +834,10 @@ class MergedViTBlock(nn.Module):
 
 
 class PrunableAttention(Prunable, vision_transformer.Attention):
-    """The attention of a PrunableViTBlock, fitted only: a BatchNorm and one linear layer on every
-    token by itself."""
+    """A PrunableViTBlock's attention, fitted only: a BatchNorm and a linear layer on each token."""
     timm_class = vision_transformer.Attention
     why_not_reparam = staticmethod(lambda block: "attention")
     stays_nonlinear = True  # the last block's attention stays
-
-    def skip_module(self):
-        return None
-
-    def split(self, x, **attn_args):
-        return 0, x
 
     def reparam_layers(self, x, lam, **attn_args):  # of timm only: it is never of the paper's form
         return super(Prunable, self).forward(x, **attn_args)
@@ -941,23 +857,21 @@ FAMILIES = (PrunableBasicBlock, PrunableBottleneck, PrunableInvertedResidual, Pr
 
 @torch.no_grad()
 def fit(model, prune, batches, in_turn=True, ridge=1e-2, pixels=8192, max_bytes=2**32):
-    """Solves the fitted form of the blocks in `prune`, as for set_subnet (of the paper's form there
-    is nothing to solve), by least squares on `batches` (an iterable of images, or of pairs of them
-    and labels): its output is to reproduce that of the block in the unpruned network. Nothing else
-    in the model changes; all blocks are left at lam = 0, and the model in eval mode. UserError
-    where there are no images, or what the model makes of them is not finite.
+    """Solves the fitted form of the blocks in `prune`, as for set_subnet, by least squares on
+    `batches` (an iterable of images, or of pairs of them and labels): its output is to reproduce
+    that of the block in the unpruned network. Nothing else in the model changes; all blocks are
+    left at lam = 0, and the model in eval mode. UserError where there are no images, or what the
+    model makes of them is not finite.
 
     in_turn: block after block, each on the inputs that it gets once those before it are pruned, so
     that it also corrects their errors. Each batch goes through the network twice at once, its first
     half unpruned, its second pruned, from one block to the next; the inputs of all batches to the
-    block that is solved next are kept. Batches beyond `max_bytes` of them are left out. Without
-    in_turn all blocks, and all their rungs, are fitted on the unpruned network's inputs, in one
-    pass.
+    block that is solved next are kept, up to `max_bytes`, and batches beyond left out. Else all
+    blocks, and all their rungs, are fitted on the unpruned network's inputs, in one pass.
 
-    The normal equations are summed up in float64, over all processes, from at most `pixels` output
-    pixels (or tokens) of each batch: they take the same memory for any number of batches. `ridge`,
-    a share of each input's variance that is added to it, makes the weights smaller where images are
-    few. (ReplaceMe, NeurIPS 2025, fits linear maps in the place of language models' blocks.)"""
+    The normal equations are summed up in float64, from at most `pixels` output pixels (or tokens)
+    of each batch. `ridge`, a share of each input's variance that is added to it, makes weights
+    smaller where images are few. (ReplaceMe, NeurIPS 2025, fits language models' blocks.)"""
     set_subnet(model, prune)
     blocks = prunable_blocks(model)
     todo = [name for name, block in blocks.items() if name in prune
@@ -1043,8 +957,8 @@ def fit(model, prune, batches, in_turn=True, ridge=1e-2, pixels=8192, max_bytes=
 
 def centre(gram, cross, name):
     """Mean (d,) and covariance (d, d) of the inputs, their covariance (d, O) with the wanted
-    outputs, and the mean (O,) of these, from sums over all processes: `gram`, of products of inputs
-    and a last one that is 1, and `cross`, of products of inputs and outputs."""
+    outputs, and the mean (O,) of these, from sums, in this process, of products of inputs and a
+    last one that is 1 with each other (`gram`) and with outputs (`cross`)."""
     if not torch.is_tensor(gram):
         raise UserError("the fit got no images")
     all_reduce_mean([gram, cross])
@@ -1094,8 +1008,7 @@ def separate(gram, cross, channels, ridge, rounds=3):
 # ---- what the stages share: networks, costs, latencies -------------------------------------------
 
 def create_model(name, model_args, pretrained=False):
-    """timm.create_model, with UserError for its errors. model_args travel in checkpoints: they may
-    name no other files."""
+    """timm.create_model, with UserErrors. model_args are a checkpoint's: they may name no files."""
     bad = [key for key in model_args if "pretrained" in key or "checkpoint" in key]
     if bad:
         raise UserError(f"{', '.join(bad)} among the arguments of a model: it may load no files")
@@ -1139,9 +1052,8 @@ def cost(model, input_size):
 
 @torch.inference_mode()
 def latencies(models, images, rounds=9):
-    """Seconds per forward pass: lower quartile, median and upper quartile for each model, as an
-    array (models, 3). The models take short turns, so that another program's burst slows one turn
-    of each and not all turns of one."""
+    """Seconds per forward pass: lower quartile, median and upper quartile for each model, (models,
+    3). They take short turns: another program's burst slows one of each and not all of one."""
     from torch.utils import benchmark  # here, because its import may print a warning about CUDA
 
     timers = [benchmark.Timer("model(images)", globals={"model": model, "images": images},
@@ -1170,9 +1082,8 @@ def atomic_write(path):
 
 
 def save(content, path):
-    """Writes a file, in the first process: a list of dicts as CSV, a cell where one lacks a key
-    empty; a checkpoint, a dict of tensors and plain values whose "stage" says what it holds; any
-    other dict as JSON."""
+    """Writes a file, in the first process: a list of dicts as CSV; a checkpoint, a dict of tensors
+    and plain values whose "stage" says what it holds; any other dict as JSON."""
     if rank_and_world()[0] > 0:
         return
     with atomic_write(path) as temporary:
@@ -1200,8 +1111,7 @@ def finish(out):
 
 
 def read_checkpoint(path, *stages):
-    """The dict that one of `stages` saved: "supernet", "subnet", "merged" or "unfinished run" (none
-    named: any)."""
+    """The dict that one of `stages` (none named: any) saved."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         stage, version = checkpoint["stage"], checkpoint["format"]
@@ -1218,8 +1128,7 @@ def read_checkpoint(path, *stages):
 
 
 def read_subnet(path, model=None):
-    """A subnet spec, checked: a dict with "prune", a list of module paths or a dict from them to
-    rungs, and more. UserError where it is not for `model`, the supernet's."""
+    """A subnet spec, checked: "prune" is a list of module paths, or a dict from them to rungs."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             subnet = json.load(file)
@@ -1266,21 +1175,18 @@ def at_least(low, kind=int, high=float("inf")):
 def run_flags(parser, resume=True):
     """Declares where a stage runs and, of stages 1 to 3, from what its random numbers start."""
     flag = parser.add_argument
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-         help="cpu, cuda, cuda:1")
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda:1")
     flag("--workers", type=at_least(0), default=min(2, torch.get_num_threads()),
          help="processes that load images")
     if resume:
         flag("--seed", type=at_least(0), default=0, help="of all random numbers")
-        flag("--resume", action="store_true",
-             help="go on from OUT.last, if it is there, with its flags")
+        flag("--resume", action="store_true", help="go on from OUT.last, if any, with its flags")
 
 
 def spare_weights(args, stage1_flags, model, prune=()):
     """Sets --lr, if it is not given, to 1e-3, or to 1e-4 where stage 1 took the weights of `model`.
-    There BN's statistics in front of the first block in `prune` move slowly, too: a thousand photos
-    are worth less than those that came with the weights. Nothing pruned, one epoch on 922 photos at
-    1e-3 took top-1 of MobileNetV2 from 85 to 42 %, of EfficientNet-Lite0 from 87 to 70 %."""
+    There BN's statistics in front of the first block in `prune` move slowly, too. One epoch on 922
+    photos at 1e-3, nothing pruned: MobileNetV2 from 85 to 42 %, EfficientNet-Lite0 87 to 70 %."""
     given = stage1_flags["checkpoint"] or stage1_flags["pretrained"]
     features = getattr(args, "features", False)  # then all statistics stay
     if args.lr is None:
@@ -1301,10 +1207,8 @@ def training_flags(parser, warmup):
     flag("--batch-size", type=at_least(2), default=64, help="images per step and process")
     flag("--lr", type=positive, help="peak learning rate, which falls to 0 by a cosine (None: 1e-3,"
          " or 1e-4 where stage 1 took weights)")
-    flag("--warmup", type=share, default=warmup, metavar="R",
-         help="share of the steps before the peak")
-    flag("--opt", default="adamw", choices=list_optimizers(), metavar="NAME",
-         help="a timm optimiser")
+    flag("--warmup", type=share, default=warmup, metavar="R", help="share of steps before the peak")
+    flag("--opt", default="adamw", choices=list_optimizers(), metavar="NAME", help="one of timm's")
     flag("--weight-decay", type=positive, default=0.05, help="not for norms and biases")
     flag("--clip-grad", type=positive, default=1.0, metavar="NORM", help="largest norm; inf: any")
     flag("--ema", type=share, metavar="DECAY", help="take a moving average of the weights: 0.9999")
@@ -1314,8 +1218,10 @@ def training_flags(parser, warmup):
     flag("--aa", metavar="POLICY", help="augmentation in timm's notation: rand-m9-mstd0.5-inc1")
     flag("--reprob", type=share, default=0.0, help="probability of random erasing, e.g. 0.25")
     flag("--amp", action="store_true", help="mixed precision (bfloat16)")
-    flag("--compile", action="store_true",
-         help="torch.compile each block: slow to start, faster later")
+    flag("--compile", action="store_true", help="torch.compile: slow to start, faster later")
+
+
+LOCKS = []  # files that lock while they are open, and that this process lives
 
 
 def start(parser, *inputs, last_output=lambda args: args.out, read=read_checkpoint):
@@ -1325,35 +1231,15 @@ def start(parser, *inputs, last_output=lambda args: args.out, read=read_checkpoi
     # Into files, too, line by line; and not every terminal knows every class name's letters
     with contextlib.suppress(AttributeError):  # a notebook's is another kind
         sys.stdout.reconfigure(line_buffering=True, errors="replace")
-    args, state, path = take_up(parser, last_output, read)
-    device = join_processes(args)
-    check_files(args, state, path, inputs)
-    killed = path == args.out + ".last"
-    if killed and not state:
-        print(f"{path} is of a run that was killed: --resume would go on with it")
-    if state and not killed:
-        print(f"{path} is finished: nothing to do")
-        sys.exit()
-    return args, device, state
-
-
-def take_up(parser, last_output, read):
-    """(args, state, path): the flags, and what a killed or finished run left in the file `path`.
-    With --resume, flags that are not given are those of that run."""
-    args = parser.parse_args()
-    last, done = args.out + ".last", last_output(args)
-    path = next(filter(os.path.exists, (last, done)), None)
-    if not path or not getattr(args, "resume", False):
-        return args, None, path
-    state = (read_checkpoint if path == last else read)(path)
-    if not state.get("flags"):
-        raise UserError(f"{path} was written by hand: leave out --resume to replace it")
-    parser.set_defaults(**state["flags"])
-    return parser.parse_args(), state, path
-
-
-def join_processes(args):
-    """The device of this process. Joins torchrun's others; only the first of them prints."""
+    args, state = parser.parse_args(), None
+    last = args.out + ".last"
+    path = next(filter(os.path.exists, (last, last_output(args))), None)
+    if path and getattr(args, "resume", False):
+        state = (read_checkpoint if path == last else read)(path)
+        if not state.get("flags"):
+            raise UserError(f"{path} was written by hand: leave out --resume to replace it")
+        parser.set_defaults(**state["flags"])  # those that are not given are that run's
+        args = parser.parse_args()
     if getattr(args, "plot", False) and not importlib.util.find_spec("matplotlib"):
         raise UserError("--plot needs one more package: pip install matplotlib")
     flag = f"--device {args.device}"
@@ -1364,29 +1250,26 @@ def join_processes(args):
             torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"{flag} does not work here: {str(error).splitlines()[0]}") from error
-    if rank_and_world()[0] > 0:
+    if rank_and_world()[0] > 0:  # of torchrun's processes only the first prints
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
-    elif fcntl:
-        lock(args.out)
-    return device
-
-
-LOCKS = []  # files that lock while they are open, and that this process lives
-
-
-def lock(out):
-    """UserError where another stage that runs at this moment writes `out`."""
-    name = f"updp-{zlib.crc32(os.path.realpath(out).encode()):08x}.lock"
-    LOCKS.append(open(os.path.join(tempfile.gettempdir(), name), "a"))
-    try:
-        fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)  # loaders do not inherit it
-    except OSError as error:
-        raise UserError(f"another run writes {out} at this moment: give another --out") from error
+    elif os.name == "posix":
+        name = f"updp-{zlib.crc32(os.path.realpath(args.out).encode()):08x}.lock"
+        LOCKS.append(open(os.path.join(tempfile.gettempdir(), name), "a"))
+        try:
+            fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)  # loaders do not inherit it
+        except OSError:
+            raise UserError(f"another run writes {args.out} at this moment: give another --out")
+    check_files(args, state, path, inputs)
+    if path == last and not state:
+        print(f"{path} is of a run that was killed: --resume would go on with it")
+    if state and path != last:
+        print(f"{path} is finished: nothing to do")
+        sys.exit()
+    return args, device, state
 
 
 def check_files(args, state, path, inputs):
-    """UserError where --out cannot be written, or `state`, of the file `path`, is of a run with
-    other flags, number of processes or content of its inputs."""
+    """UserError where --out cannot be written, or `state`, of the file `path`, is another run's."""
     files = list(filter(os.path.isfile, [getattr(args, flag) or "" for flag in inputs]))
     if os.path.realpath(args.out) in map(os.path.realpath, files):
         raise UserError(f"--out {args.out} is an input, too: give another --out")
@@ -1465,10 +1348,9 @@ def read_image(dataset, index):
 
 
 class Images(torch.utils.data.Dataset):
-    """Some images of a data set, transformed, and their labels. Item (epoch, i) is image i,
-    augmented at random by a seed of (seed, epoch, i) alone: neither the number of loader processes
-    nor what was loaded before counts. Item i is for transforms without random numbers. labels: in
-    the place of the data set's own, or None."""
+    """Some images of a data set, transformed, and their labels, or `labels` in their place. Item
+    (epoch, i) is image i, augmented at random by a seed of (seed, epoch, i) alone: neither the
+    number of loader processes nor what was loaded before counts. Item i is not random."""
 
     def __init__(self, dataset, indices, transform, seed, labels=None):
         self.dataset, self.indices, self.transform, self.seed = dataset, indices, transform, seed
@@ -1484,25 +1366,23 @@ class Images(torch.utils.data.Dataset):
         if epoch is None:
             return self.transform(image), label
         # timm's transforms use all three generators; without --workers the training does so, too
-        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        random.seed(f"{self.seed}/{epoch}/{i}")
-        np.random.seed(random.getrandbits(32))
-        torch.default_generator.manual_seed(random.getrandbits(63))
-        image = self.transform(image)
+        states = random.getstate(), np.random.get_state()
+        with torch.random.fork_rng([]):
+            random.seed(f"{self.seed}/{epoch}/{i}")
+            np.random.seed(random.getrandbits(32))
+            torch.default_generator.manual_seed(random.getrandbits(63))
+            image = self.transform(image)
         random.setstate(states[0])
         np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
         return image, label
 
 
 def samples_of(dataset):
-    """(path below the data set's folder, label) of each image, or its label, or as much as the data
-    set tells."""
+    """(path below the data set's folder, label) of each image, or as much as the data set tells."""
     source = getattr(dataset, "reader", dataset)
     samples = getattr(source, "samples", None) or getattr(source, "targets", None) or [len(dataset)]
     root = str(getattr(source, "root", ""))
-    return [(sample[0].removeprefix(root), sample[1]) if isinstance(sample, tuple) else sample
-            for sample in samples]
+    return [(s[0].removeprefix(root), s[1]) if isinstance(s, tuple) else s for s in samples]
 
 
 def fingerprint(dataset):
@@ -1518,8 +1398,7 @@ class Shuffle(DistributedSampler):
 
 
 def open_dataset(data, part):
-    """The training images ("train") or those that top-1 is reported on ("val") of what `data`
-    describes, as a timm data set."""
+    """The images of `data`, "train" or "val" (those that top-1 is reported on), as a data set."""
     name, root, options = data["dataset"], data["data_dir"], {}
     if not name:  # a folder of class folders
         root = os.path.join(root, part)
@@ -1545,12 +1424,10 @@ def open_dataset(data, part):
 
 
 def make_loader(data, part, batch_size, device, workers=0, limit=None, split=False, augment=None):
-    """timm's loader of normalised batches (B, C, H, W) and labels (B,) on `device`.
-
-    part: "train" (without what is held back), "holdout" (the training images that the search scores
-    on) or "val". limit: only so many, chosen with the seed of the holdout. split: under torchrun,
-    only this process's part. augment: flags with seed, aa and reprob, to train on: shuffled,
-    augmented, split, the last incomplete batch left out."""
+    """timm's loader of normalised batches (B, C, H, W) and labels (B,) on `device`, of "train"
+    (without what is held back), "holdout" (that, for the search) or "val". limit: only so many, by
+    the seed of the holdout. split: only this process's part. augment: flags with seed, aa and
+    reprob, to train on: shuffled, augmented, split, the last incomplete batch left out."""
     dataset = open_dataset(data, "val" if part == "val" else "train")
     indices = torch.arange(len(dataset))
     if part != "val":
@@ -1589,8 +1466,7 @@ def make_loader(data, part, batch_size, device, workers=0, limit=None, split=Fal
 
 @torch.no_grad()
 def answers(model, batches, features=False):
-    """The logits (B, classes) of each of `batches`, or the features before the pooling, in float32
-    and eval mode, as a list."""
+    """The logits (B, classes) of each batch, or its features, in eval mode, as a list."""
     model.eval()
     return [outputs_of(model, images)[0 if features else 1]
             for images, _ in progress_bar(batches, "unpruned")]
@@ -1626,8 +1502,7 @@ def evaluate(model, batches, split=False, logits=None, features=None):
 # ---- what the stages share: training -------------------------------------------------------------
 
 def outputs_of(network, images, amp=False):
-    """A timm network's features before the pooling, and its logits (B, classes), in float32; with
-    `amp` the network computes in bfloat16."""
+    """A timm network's features before the pooling and its logits (B, classes), in float32."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
         features = network.forward_features(images)
         return features.float(), network.forward_head(features).float()
@@ -1655,13 +1530,12 @@ def label_loss(logits, labels, smoothing):
 def train(model, step, measure, loader, args, name, epochs, peak, log, hold=0.0, rows_at=(),
           still=(), state=None, **kept):
     """Trains `model` and returns it, or with --ema the average of its weights, and what
-    measure(network) finds, as after every epoch: {"top1": %, …}.
+    measure(network) finds, as after every epoch: {"top1": %, …}. step(images, labels, number)
+    leaves the gradients of a step, and returns its loss and what else its row of the log has.
 
-    step(images, labels, number) leaves the gradients of a step, and returns its loss and what else
-    its row of the log has. epochs: a range. peak: the highest rate, which is held for a share of
-    `hold` of the steps. rows_at: numbers of steps inside of epochs that get rows, too. still:
-    modules that stay in eval mode. After every epoch OUT.last gets `kept` and what `state` goes on
-    from: the same bits as if never killed."""
+    epochs: a range. peak: the highest rate, which is held for a share of `hold` of the steps.
+    rows_at: numbers of steps inside of epochs that get rows, too. still: modules that stay in eval
+    mode. After every epoch OUT.last gets `kept` and what `state` goes on from: the same bits."""
     if not epochs:
         return model, measure(model)
     device, (rank, world), steps = loader.device, rank_and_world(), len(epochs) * len(loader)
@@ -1699,8 +1573,7 @@ def train(model, step, measure, loader, args, name, epochs, peak, log, hold=0.0,
         return {"train_loss": loss.item(), "images_per_s": round(speed, 1)}
 
     def write(row, result):
-        found = {key: value for key, value in result.items()
-                 if "top1" in key or key == "agreement"}
+        found = {key: result[key] for key in result if "top1" in key or key == "agreement"}
         log.append({**row, **{f"val_{key}": value for key, value in found.items()}})
         save(log, os.path.splitext(args.out)[0] + ".csv")
         print(f"{name} {row['epoch']}/{len(epochs)}  step {row['step']}/{steps}",
@@ -1713,8 +1586,8 @@ def train(model, step, measure, loader, args, name, epochs, peak, log, hold=0.0,
         random_seed(1000 * args.seed + epoch, rank)  # nothing depends on what came before
         loader.sampler.set_epoch(epoch)
         done = epoch - epochs.start
-        bar = progress_bar(loader, f"{name} {done + 1}/{len(epochs)}",
-                           epochs.stop - epoch if epoch == first else 0)
+        title = f"{name} {done + 1}/{len(epochs)}"
+        bar = progress_bar(loader, title, epochs.stop - epoch if epoch == first else 0)
         started = time.time()
         model.train()
         for module in still:
@@ -1741,8 +1614,7 @@ def train(model, step, measure, loader, args, name, epochs, peak, log, hold=0.0,
         if world > 1:  # each process has BN statistics of its own images
             distribute_bn(model, world, reduce=True)
             distribute_bn(best, world, reduce=True)
-        check_finite(model, f"{name} {done + 1}/{len(epochs)}",
-                     ". Try a lower --lr; --resume takes the epoch before")
+        check_finite(model, title, ". Try a lower --lr; --resume takes the epoch before")
         result = measure(best)
         write(row, result)
         save({"stage": "unfinished run", "flags": vars(args), "log": log, **kept,
