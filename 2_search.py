@@ -13,7 +13,7 @@ Budgets hold for the merged network; of --prune all blocks are at their first ru
 first pruned alone, at each rung: what that costs tells the genetic algorithm where to save. A score
 is the loss on the held-out training images, with BN statistics of its own, whatever was scored
 before; in an untrained supernet how little the features correlate with the unpruned network's, and
-there the best few are fitted in turn and scored again. Where few enough subnets fit, all are scored.
+there the best few are fitted in turn and scored again. Where few subnets fit, all are scored.
 """
 import argparse
 import contextlib
