@@ -71,6 +71,7 @@ def test_given_weights_are_trained_at_a_rate_that_keeps_them(first, given, tmp_p
     assert stage("3_progressive.py --subnet none.json --epochs 1") is None
     subnet = blocks.read_checkpoint("runs/subnet.pt")
     assert subnet["form"] == ("fitted" if given else "reparam")
+    assert subnet["flags"]["transition"] == (0 if given else 0.25)
     assert subnet["flags"]["features"] == given and (subnet["subnet"]["agreement"] == 100) >= given
     assert stage("3_progressive.py --subnet none.json --epochs 1 --no-features") is None
     said = "given weights: learning rate 0.0001, BN statistics that pruning does not change"
