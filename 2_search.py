@@ -12,7 +12,7 @@ Beside it, subnet.front/ has a spec for each of the best trade-offs.
 Budgets hold for the merged network; of --prune all blocks are at their first rung. Every block is
 first pruned alone, at each rung: what that costs tells the genetic algorithm where to save. A score
 is the loss on the held-out training images, with BN statistics of its own, whatever was scored
-before; in an untrained supernet how little the features correlate with the unpruned network's, and
+before; in an untrained supernet how little the logits correlate with the unpruned network's, and
 there the best few are fitted in turn and scored again. Where few subnets fit, all are scored.
 """
 import argparse
@@ -311,11 +311,11 @@ def make_budget(kind, value, blocks, baseline, unpruned, savings):
 
 # ---- scores --------------------------------------------------------------------------------------
 
-def make_score(model, blocks, calibration, held_out, max_bytes=2**31, features=None, unpruned=None):
+def make_score(model, blocks, calibration, held_out, max_bytes=2**31, unpruned=None, logits=None):
     """score(candidate) -> {"loss", "top1"} on `held_out`, a list of (images, labels), with BN
     statistics of `calibration`, a list of images, or the `unpruned` network's, moved by what
-    changes on them. The loss is that of the labels or, given the unpruned network's `features`,
-    the distance to them.
+    changes on them. The loss is that of the labels or, given the unpruned network's `logits`, how
+    little they correlate with these.
 
     Blocks do not run again as long as all up to them are pruned as in the candidate before: their
     outputs are kept, if they fit in `max_bytes`. The scores are the same bits, and come faster if
@@ -352,7 +352,7 @@ def make_score(model, blocks, calibration, held_out, max_bytes=2**31, features=N
         if calibration:
             still = {norm for module in list(modules.values())[:same] for norm in module.modules()}
             recalibrate(model, numbered(calibration, 0), set(model.modules()) - still, unpruned)
-        return ranking(evaluate(model, numbered(held_out, len(calibration)), features=features))
+        return ranking(evaluate(model, numbered(held_out, len(calibration)), logits=logits))
     return score
 
 
@@ -521,14 +521,13 @@ def main():
     if count < 200:
         print(f"only {count} held-out images: one of them is {100 / count:.1f} points of top-1")
     trained = checkpoint["flags"]["epochs"] or not checkpoint["flags"]["calibrate"]
-    held_out, features, unpruned_bn = list(held_out), None, None
+    held_out, logits, unpruned_bn = list(held_out), None, None
     calibration = [images for images, _ in (calibration if trained else held_out)]
-    if not trained:  # the baseline's statistics and features are worth more than few labels
+    if not trained:  # the baseline's statistics and answers are worth more than few labels
         set_subnet(model, [])
-        features = answers(model, held_out, features=True)
-        unpruned_bn = bn_statistics(model, calibration)
-    score_alone = make_score(model, blocks, calibration, held_out, features=features,
-                             unpruned=unpruned_bn)
+        logits, unpruned_bn = answers(model, held_out), bn_statistics(model, calibration)
+    score_alone = make_score(model, blocks, calibration, held_out, unpruned=unpruned_bn,
+                             logits=logits)
 
     def score(candidate):
         saved = [savings[name][gene] for name, gene in zip(blocks, candidate)]
@@ -543,7 +542,7 @@ def main():
                                        args.calibrate, split=True))
         set_subnet(copied, prune)
         recalibrate(copied, calibration, not_fitted(copied), unpruned_bn)
-        return ranking(evaluate(copied, held_out, features=features))
+        return ranking(evaluate(copied, held_out, logits=logits))
 
     def row(name, s):
         return (name, f"{s['params'] / 1e6:.3f}", f"{s['macs'] / 1e6:.1f}",
@@ -551,7 +550,7 @@ def main():
                 *((f"{s['loss']:.4f}", f"{s['top1']:.2f}") if "loss" in s else ("", "")))
 
     header = ("", "params (M)", "MACs (M)", *(["latency (ms)"] if args.latency else []),
-              "held-out loss" if trained else "feature distance", "held-out top-1 (%)")
+              "held-out loss" if trained else "answers' distance", "held-out top-1 (%)")
     table = [row("baseline", baseline),
              row("nothing pruned, BN folded", score((0,) * len(blocks))),
              row("all blocks at their first rung, merged", score((1,) * len(blocks)))]

@@ -1465,38 +1465,36 @@ def make_loader(data, part, batch_size, device, workers=0, limit=None, split=Fal
 
 
 @torch.no_grad()
-def answers(model, batches, features=False):
-    """The logits (B, classes) of each batch, or its features, in eval mode, as a list."""
+def answers(model, batches):
+    """The logits (B, classes) of each batch, in eval mode, as a list."""
     model.eval()
-    return [outputs_of(model, images)[0 if features else 1]
-            for images, _ in progress_bar(batches, "unpruned")]
+    return [outputs_of(model, images)[1] for images, _ in progress_bar(batches, "unpruned")]
 
 
 @torch.no_grad()
-def evaluate(model, batches, split=False, logits=None, features=None):
+def evaluate(model, batches, split=False, logits=None):
     """{"loss": mean cross entropy, "top1": %} over an iterable of (images, labels), in float32.
     logits: the unpruned network's `answers`, for {"agreement": %, how often top-1 is the same
-    class, "kl": mean divergence}. features: likewise, for {"distance": 1 - their correlation}.
-    split: each process has a part of the batches, and gets the result of all."""
+    class, "kl": mean divergence, "distance": 1 - the logits' correlation}. split: each process has
+    a part of the batches, and gets the result of all."""
     model.eval()
     sums = torch.zeros(6, dtype=torch.float64, device=next(model.parameters()).device)
     for i, (images, labels) in enumerate(progress_bar(batches, "evaluate")):
-        seen, found = outputs_of(model, images)
+        found = outputs_of(model, images)[1]
         sums[0] += F.cross_entropy(found, labels, reduction="sum")
         sums[1] += (found.argmax(1) == labels).sum()
         if logits:
             sums[2] += (found.argmax(1) == logits[i].argmax(1)).sum()
             sums[3] += F.kl_div(found.log_softmax(1), logits[i].log_softmax(1), reduction="sum",
                                 log_target=True)
-        if features:
-            sums[4] += len(labels) * uncorrelated(seen, features[i])
+            sums[4] += len(labels) * uncorrelated(found, logits[i])
         sums[5] += len(labels)
     if split:
         all_reduce_mean([sums])
     loss, correct, same, kl, apart, count = sums.tolist()
     return {"loss": loss / count, "top1": 100 * correct / count,
-            **({"agreement": 100 * same / count, "kl": kl / count} if logits else {}),
-            **({"distance": apart / count} if features else {})}
+            **({"agreement": 100 * same / count, "kl": kl / count, "distance": apart / count}
+               if logits else {})}
 
 
 # ---- what the stages share: training -------------------------------------------------------------
@@ -1513,11 +1511,10 @@ def distance(features, wanted):
     return F.mse_loss(features, wanted) / wanted.var()
 
 
-def uncorrelated(features, wanted):
-    """1 - the correlation of features (B, …) with the wanted ones, each less its mean over B: it
-    compares networks that are far off, of which the squared difference prefers those that say
-    nothing."""
-    a, b = ((x - x.mean(0)).flatten(1) for x in (features, wanted))
+def uncorrelated(found, wanted):
+    """1 - the correlation of outputs (B, C) with the wanted ones, each less its mean over B. Of
+    networks that are far off, a squared difference prefers those that say nothing."""
+    a, b = (x - x.mean(0) for x in (found, wanted))
     both, ours, theirs = torch.stack([(a * b).sum(1), (a * a).sum(1), (b * b).sum(1)], 1).sum(0)
     return (1 - both / (ours * theirs).sqrt().clamp(min=1e-12)).clamp(min=0)
 

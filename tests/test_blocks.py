@@ -926,10 +926,9 @@ def test_statistics_move_by_what_pruning_changes():
     torch.testing.assert_close(moved[behind][1], var * ratio)
 
 
-def test_the_distance_of_features_prefers_no_silence():
-    """The squared difference does: half of the right features are not better than none."""
-    wanted = torch.randn(8, 5, 3, 3)
-    wrong = torch.randn(8, 5, 3, 3)
+def test_the_distance_of_answers_prefers_no_silence():
+    """The squared difference does: half of the right answers are not better than none."""
+    wanted, wrong = torch.randn(8, 50), torch.randn(8, 50)
     silent, good, bad = (
         blocks.uncorrelated(x, wanted) for x in (0 * wanted + 7, 3 * wanted + wrong, wrong)
     )

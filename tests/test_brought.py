@@ -314,7 +314,7 @@ def test_photos_without_labels_need_weights_that_fit(first, flags):
     assert_error(said, "the train images are in no class folders: that needs weights of these")
 
 
-def test_features_are_those_of_the_unpruned_network(first, tmp_path, capsys):
+def test_the_distance_is_to_the_unpruned_network(first, tmp_path, capsys):
     """Also where specs of one's own are scored: with nothing pruned the distance is 0."""
     weights = weights_of("test_resnet")
     for name in weights:

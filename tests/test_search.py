@@ -200,15 +200,15 @@ def test_scores_are_the_same_bits_in_any_order(name, form, attention, max_bytes)
     def from_scratch(candidate):
         set_subnet(model, search_script.to_prune(candidate, rungs))
         recalibrate(model, calibration, unpruned=unpruned)
-        return search_script.ranking(evaluate(model, held_out, features=features))
+        return search_script.ranking(evaluate(model, held_out, logits=logits))
 
-    features = unpruned = None
+    logits = unpruned = None
     if form == "fitted":
-        features = blocks.answers(model, held_out, features=True)
+        logits = blocks.answers(model, held_out)
         unpruned = blocks.bn_statistics(model, calibration)
     right = {candidate: from_scratch(candidate) for candidate in candidates}
     score = search_script.make_score(
-        model, rungs, calibration, held_out, max_bytes, features, unpruned
+        model, rungs, calibration, held_out, max_bytes, unpruned, logits
     )
     for order in (candidates, candidates[::-1], sorted(candidates)):
         for candidate in order:

@@ -1,5 +1,5 @@
 """By what subnets of a network with given weights should be ranked: the loss of a few labels, the
-divergence (KL) from the unpruned network's answers, or how little the features correlate with its
+divergence (KL) from the unpruned network's answers, or how little the logits correlate with its
 own? Kendall's tau of each with the top-1, agreement and KL that random subnets within a budget have
 on the val images, fitted in turn, as they are and with BN statistics that moved.
 
@@ -53,10 +53,9 @@ def main():
     photos = {n: (images("holdout") + images("train", n))[: max(1, n // 50)] for n in args.images}
     photos = {**photos, "val": images("val")}
     answers = {n: blocks.answers(model, batches) for n, batches in photos.items()}
-    features = {n: blocks.answers(model, batches, True) for n, batches in photos.items()}
 
     def found(model, n):
-        result = blocks.evaluate(model, photos[n], logits=answers[n], features=features[n])
+        result = blocks.evaluate(model, photos[n], logits=answers[n])
         return {f"{key} on {n}": value for key, value in result.items()}
 
     statistics = blocks.bn_statistics(model, photos[args.images[0]])
