@@ -359,7 +359,8 @@ def weights_of_more_classes(monkeypatch, tmp_path):
 
 def test_class_map_and_statistics_that_stay(weights_of_more_classes, pictures, capsys, tmp_path):
     """A network of more classes than the folders have keeps its head, and what pruning does not
-    change: with nothing pruned all four stages report the baseline's top-1."""
+    change: with nothing pruned all four stages report the baseline's top-1. Else only statistics
+    behind a pruned block move."""
     names = ["zebra", *sorted(os.listdir(pictures / "train"), reverse=True), "aardvark"]
     (tmp_path / "classes.txt").write_text("\n".join(names) + "\n")
     first = "1_supernet.py --model test_resnet --checkpoint weights.pth --class-map classes.txt"
@@ -387,7 +388,9 @@ def test_class_map_and_statistics_that_stay(weights_of_more_classes, pictures, c
     write_spec(tmp_path / "some.json", list(blocks.prunable_blocks(supernet))[::2])
     assert stage(f"{third} --subnet some.json") is None
     after = load("runs/subnet.pt")[1]["state_dict"]
-    assert all(torch.equal(after[key], value) for key, value in weights_of_more_classes.items())
+    moved = {key for key, value in weights_of_more_classes.items() if (after[key] != value).any()}
+    assert moved  # the statistics behind the first pruned block, and how often they were updated
+    assert all(key.startswith("layer") and "running" in key or "num_ba" in key for key in moved)
 
 
 def test_class_maps_that_do_not_fit(weights_of_more_classes, pictures, tmp_path):
