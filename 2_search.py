@@ -522,7 +522,8 @@ def main():
         print(f"only {count} held-out images: one of them is {100 / count:.1f} points of top-1")
     trained = checkpoint["flags"]["epochs"] or not checkpoint["flags"]["calibrate"]
     held_out, logits, unpruned_bn = list(held_out), None, None
-    calibration = [images for images, _ in (calibration if trained else held_out)]
+    # What pruning changes a few photos tell, but one alone may end as one pixel
+    calibration = [images for images, _ in (calibration if trained or count == 1 else held_out)]
     if not trained:  # the baseline's statistics and answers are worth more than few labels
         set_subnet(model, [])
         logits, unpruned_bn = answers(model, held_out), bn_statistics(model, calibration)

@@ -139,8 +139,8 @@ def main():
     if args.features and args.control:
         raise UserError("--control: where features are learned, the baseline itself is the control:"
                         " leave it out, or give --no-features")
-    few = args.features or not args.epochs  # images, for the paper's form
-    form = args.form or ("fitted" if few else checkpoint["flags"]["form"])
+    form = args.form or ("fitted" if args.features or not args.epochs
+                         else checkpoint["flags"]["form"])
     if args.transition is None:
         args.transition = 0.25 if form == "reparam" else 0.0 if args.features else 0.1
     make_prunable(model, form, False, checkpoint["attention"])

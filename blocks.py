@@ -566,11 +566,11 @@ def recalibrate(model, batches, norms=None, unpruned=None):
 
 def bn_statistics(unpruned, batches):
     """{path of each BN: ((mean, variance), the same on `batches`)}, for `recalibrate`."""
-    own, seen = copy.deepcopy(unpruned), copy.deepcopy(unpruned)
+    seen = copy.deepcopy(unpruned)
     recalibrate(seen, batches)
-    return {path: tuple((bn.running_mean, bn.running_var) for bn in (module, other))
-            for (path, module), other in zip(own.named_modules(), seen.modules())
-            if isinstance(module, BatchNorm)}
+    return {path: tuple((bn.running_mean.clone(), bn.running_var.clone()) for bn in (own, other))
+            for (path, own), other in zip(unpruned.named_modules(), seen.modules())
+            if isinstance(own, BatchNorm)}
 
 
 def not_fitted(model):
@@ -1512,9 +1512,9 @@ def distance(features, wanted):
 
 
 def uncorrelated(found, wanted):
-    """1 - the correlation of outputs (B, C) with the wanted ones, each less its mean over B. Of
-    networks that are far off, a squared difference prefers those that say nothing."""
-    a, b = (x - x.mean(0) for x in (found, wanted))
+    """1 - the correlation of outputs (B, C) with the wanted ones, each less its mean over B, if B
+    is not 1. Of networks that are far off, a squared difference prefers those that say nothing."""
+    a, b = (x - x.mean(0) if len(x) > 1 else x for x in (found, wanted))
     both, ours, theirs = torch.stack([(a * b).sum(1), (a * a).sum(1), (b * b).sum(1)], 1).sum(0)
     return (1 - both / (ours * theirs).sqrt().clamp(min=1e-12)).clamp(min=0)
 

@@ -1,6 +1,7 @@
 """What people bring: their own weights, classes, images and notebooks. Nothing goes wrong without a
 word, and what does not work says so."""
 
+import csv
 import importlib
 import io
 import json
@@ -312,6 +313,19 @@ def test_photos_without_labels_need_weights_that_fit(first, flags):
         file.write("\n".join(sorted(os.listdir("data/val"))))
     said = stage(f"{first} --img-size 32 {flags}")
     assert_error(said, "the train images are in no class folders: that needs weights of these")
+
+
+def test_one_held_out_image_ranks_subnets(first):
+    """At 32 px it ends as one pixel, over which a BN has no statistics."""
+    for part in ("train", "val"):
+        for name in sorted(os.listdir(f"data/{part}"))[2:]:
+            shutil.rmtree(f"data/{part}/{name}")
+    line = first.replace("test_resnet", "resnet18")
+    assert stage(f"{line} {QUICK} --baseline-epochs 1") is None
+    assert len(blocks.read_checkpoint("runs/supernet.pt")["data"]["holdout"]) == 1
+    assert stage("2_search.py --prune 1") is None
+    with open("runs/subnet.search.csv") as file:
+        assert len({row["loss"] for row in csv.DictReader(file)}) > 1
 
 
 def test_the_distance_is_to_the_unpruned_network(first, tmp_path, capsys):

@@ -180,8 +180,7 @@ def test_several_processes_train_and_search_as_one(pictures, monkeypatch, tmp_pa
     (tmp_path / "two/runs/supernet.pt").write_bytes(open("runs/supernet.pt", "rb").read())
     both("2_search.py --population 3 --generations 2")
     a, b = (json.load(open(tmp_path / x / "runs/subnet.json")) for x in ("one", "two"))
-    again = [x["search"].pop("fitted_in_turn")["loss"] for x in (a, b)]  # sums in another order
-    assert a.pop("flags") != b.pop("flags") and a == b and abs(again[0] - again[1]) < 1e-5
+    assert a.pop("flags") != b.pop("flags") and a == b
     for folder in ("one", "two"):
         write_spec(tmp_path / folder / "runs/subnet.json", [], "test_vit")
     train("3_progressive.py --epochs 3 --warmup 0.2")
