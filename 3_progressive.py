@@ -147,6 +147,8 @@ def main():
     set_subnet(model, subnet["prune"])  # raises for an unknown block
     prune = {name: block.rung for name, block in prunable_blocks(model).items()
              if name in subnet["prune"]}
+    if args.features and not prune:
+        args.epochs = 0  # there is nothing to learn, and Adam makes steps of rounding errors
     end_act = args.end_act
     if end_act is None:  # without training they only harm
         end_act = args.epochs > 0 and default_end_act(model, form, prune)

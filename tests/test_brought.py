@@ -74,6 +74,10 @@ def test_given_weights_are_trained_at_a_rate_that_keeps_them(first, given, tmp_p
     assert subnet["form"] == ("fitted" if given else "reparam")
     assert subnet["flags"]["transition"] == (0 if given else 0.25)
     assert subnet["flags"]["features"] == given and (subnet["subnet"]["agreement"] == 100) >= given
+    given_weights = blocks.read_checkpoint("runs/supernet.pt")["baseline_state_dict"]
+    kept = all(torch.equal(subnet["state_dict"][k], v) for k, v in given_weights.items()
+               if "num_batches" not in k)
+    assert kept == given
     assert stage("3_progressive.py --subnet none.json --epochs 1 --no-features") is None
     said = "given weights: learning rate 0.0001, BN statistics that pruning does not change"
     assert capsys.readouterr().out.count(said) == 2 * given
