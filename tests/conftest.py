@@ -19,8 +19,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for torch, which is imported later, and f
 
 
 def pytest_addoption(parser):
-    text = "also what takes minutes: every timm model of the families"
-    parser.addoption("--run-slow", action="store_true", help=text)
+    text = "also what takes minutes: timm's models of the families, or those of these names"
+    parser.addoption("--run-slow", nargs="?", const="*", metavar="resnet*", help=text)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -72,7 +72,7 @@ sizes_help = (
     "sizes for all rows (None: two thirds for the last two of the default rows and for the"
     " ablations, all three for the others)"
 )
-flag("--thirds", type=int, nargs="+", choices=(1, 2, 3), help=sizes_help)
+flag("--thirds", type=float, nargs="+", help=f"{sizes_help}; 1.5: half of the blocks")
 flag("--latency-batch", type=int, default=16)
 flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
@@ -92,7 +92,8 @@ def main():
     checkpoint = read_checkpoint(args.supernet, "supernet")
     input_size = checkpoint["data"]["input_size"]
     blocks = list(prunable_blocks(build(checkpoint)))
-    sizes = [round(len(blocks) * third / 3) for third in (1, 2, 3)]
+    all_thirds = sorted({1, 2, 3, *(args.thirds or ())})
+    sizes = {third: round(len(blocks) * third / 3) for third in all_thirds}
 
     def path(name):
         return os.path.join(args.out, name.replace(" ", "_").replace(",", ""))
@@ -100,9 +101,10 @@ def main():
     def write(name, prune):
         save({"format": 1, "model": checkpoint["model"], "prune": prune}, path(name))
 
-    if not all(os.path.exists(path(f"searched-{size}.json")) for size in sizes):
-        write(f"searched-{sizes[2]}.json", blocks)
-        inputs = ["--supernet", args.supernet, "--prune", *sizes[:2], "--device", args.device]
+    if not all(os.path.exists(path(f"searched-{size}.json")) for size in sizes.values()):
+        write(f"searched-{len(blocks)}.json", blocks)
+        some = [size for size in sizes.values() if size < len(blocks)]
+        inputs = ["--supernet", args.supernet, "--prune", *some, "--device", args.device]
         stage("2_search.py", *inputs, "--out", path("searched.json"))
     write("none-0.json", [])
 
@@ -142,7 +144,7 @@ def main():
         )
         for name, values, row in choices:
             if values and (name == "--lr" or form == "reparam"):
-                row, size = ("control", 0) if form == "control" else (row, sizes[1])
+                row, size = ("control", 0) if form == "control" else (row, sizes[2])
                 scores = {}
                 for value in values:
                     scores[value] = train(row, size, args.tune_seed, *flags, name, value)[1]
@@ -152,11 +154,11 @@ def main():
 
     results, files = {}, {}  # (row, number of blocks) -> top-1, file for each seed
     chosen = {}  # form -> its flags
-    for seed, third in itertools.product(args.seeds, (2, 3, 1)):
+    for seed, third in itertools.product(args.seeds, all_thirds):
         for row in args.rows:
             form = row.split(",")[0].replace("from scratch", "reparam")
             thirds = args.thirds or ((1, 2, 3) if row in list(ROWS)[:5] else (2,))
-            size = 0 if row == "control" else sizes[third - 1]
+            size = 0 if row == "control" else sizes[third]
             if third in thirds and not (row == "control" and third != thirds[0]):
                 chosen[form] = tuned(form)
                 out, top1 = train(row, size, seed, *chosen[form])
@@ -198,7 +200,7 @@ def main():
         rows.append((row, f"{size} of {len(blocks)}", spread(top1), gain, *costs_of_row, *ratios))
     header = ("", "pruned", "top-1 (%)", "minus control", "params (M)", "MACs (M)", "ms")
     print_table((*header, "speed-up", "of folded", "by MACs"), rows)
-    for size, (better, worse) in itertools.product(sizes, COMPARED):
+    for size, (better, worse) in itertools.product(sizes.values(), COMPARED):
         if (better, size) in results and (worse, size) in results:
             gains = [a - b for a, b in zip(results[better, size], results[worse, size])]
             error = ""
