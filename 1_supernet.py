@@ -1,12 +1,10 @@
 """Stage 1 of 4: trains a supernet, in which every prunable block works in both of its forms.
 
-Reads images and, if given, the baseline's weights. Writes runs/supernet.pt (both networks, and all
-that later stages need to know) and runs/supernet.csv, with a row per epoch.
+Reads images and maybe weights. Writes runs/supernet.pt, and runs/supernet.csv: a row per epoch.
 
     python 1_supernet.py                       # small drawn pictures, no download, two minutes
     python 1_supernet.py --data-dir imagenet --model resnet34.tv_in1k --pretrained --epochs 0
-    python 1_supernet.py --data-dir cifar10 --model deit_tiny_patch16_224 \\
-        --model-kwargs patch_size=4 img_size=32
+    python 1_supernet.py --model deit_tiny_patch16_224 --model-kwargs patch_size=4 img_size=32
 
 The baseline is trained first (--baseline-epochs), unless its weights are given. The supernet's
 epochs follow, by the sandwich rule: each step runs the largest subnet (nothing pruned) on the
@@ -71,8 +69,6 @@ flag("--crop-pct", type=at_least(0.01, float, 1), metavar="R", help="share of th
 # training
 flag("--baseline-epochs", type=at_least(0), help="of the baseline (None: 10, or 0 if weights fit)")
 flag("--epochs", type=at_least(0), default=4, help="of the supernet: four passes per step")
-flag("--calibrate", type=at_least(0), default=4096, metavar="N",
-     help="training images to fit the pruned forms on; 0: each starts as its skip alone")
 training_flags(parser, warmup=0.1)
 run_flags(parser)
 flag("--out", default="runs/supernet.pt", metavar="FILE", help="the supernet's checkpoint")
@@ -251,8 +247,7 @@ def make_baseline(args, data):
     check_finite(model, args.checkpoint or args.model)
     try:
         logits = copy.deepcopy(model).to("meta").eval()(torch.empty(1, 3, *size, device="meta"))
-        right = torch.is_tensor(logits) and logits.shape == (1, len(data["classes"]))
-        assert right, "it gives no logits"
+        assert getattr(logits, "shape", 0) == (1, len(data["classes"])), "it gives no logits"
     except (RuntimeError, AssertionError, AttributeError) as error:
         raise UserError(f"{args.model} does not classify RGB images of {size[0]}x{size[1]} px:"
                         f" {str(error).splitlines()[0]}") from error
@@ -328,7 +323,6 @@ def sandwich(model, blocks, loader, epochs, args, teacher=None):
 
 def main():
     args, device, state = start(parser, "checkpoint", "class_map")
-    random_seed(args.seed)
     rank, world = rank_and_world()
     if rank > 0:  # the first process draws or downloads what is not there yet
         dist.barrier()

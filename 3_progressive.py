@@ -18,14 +18,12 @@ import os
 
 import torch
 import torch.nn.functional as F
-from timm.utils import random_seed
 
 from blocks import (BatchNorm, UserError, answers, at_least, atomic_write, bn_statistics, build,
-                    cost, default_end_act, distance, evaluate, finish, fit, insert_end_acts,
-                    label_loss, make_loader, make_prunable, merge, not_fitted, outputs_of,
-                    print_table, prunable_blocks, rank_and_world, read_checkpoint, read_subnet,
-                    recalibrate, run, run_flags, save, set_subnet, spare_weights, start, train,
-                    training_flags)
+                    cost, default_end_act, evaluate, finish, fit, insert_end_acts, label_loss,
+                    make_loader, make_prunable, merge, not_fitted, outputs_of, print_table,
+                    prunable_blocks, rank_and_world, read_checkpoint, read_subnet, recalibrate, run,
+                    run_flags, save, set_subnet, spare_weights, start, train, training_flags)
 
 FEATURES = 5  # weight of the features' distance beside the cross entropy of the answers
 HOLD = 0.5  # share of the steps at the full rate: it should not fall before lam is 1
@@ -49,8 +47,6 @@ flag("--control", action=argparse.BooleanOptionalAction, default=None,
      help="train the baseline for as long, too (None: only for the drawn pictures of stage 1)")
 flag("--end-act", action=argparse.BooleanOptionalAction, help="insert an activation at the end of"
      " pruned blocks (None: if trained, and all of a CNN are pruned, or it is a reparam ConvNeXt)")
-flag("--calibrate", type=at_least(0), default=4096, metavar="N",
-     help="training images to fit the pruned blocks on; 0: each starts as its skip alone")
 training_flags(parser, warmup=0.0)
 run_flags(parser)
 flag("--plot", action="store_true", help="draw the training, too (pip install matplotlib)")
@@ -104,8 +100,8 @@ def train_subnet(model, teacher, prune, loader, test, args, log, still=(), contr
             with torch.no_grad():
                 wanted, soft = outputs_of(teacher, images, args.amp)
             soft = F.cross_entropy(logits, soft.softmax(-1))
-        if args.features:
-            loss = soft + FEATURES * distance(features, wanted)
+        if args.features:  # their mean squared distance, as a share of the wanted ones' variance
+            loss = soft + FEATURES * (F.mse_loss(features, wanted) / wanted.var())
         else:
             loss = label_loss(logits, labels, args.smoothing)
             loss = (1 - args.distill) * loss + args.distill * soft if args.distill else loss
@@ -125,7 +121,6 @@ def train_subnet(model, teacher, prune, loader, test, args, log, still=(), contr
 
 def main():
     args, device, state = start(parser, "supernet", "subnet")
-    random_seed(args.seed)
     checkpoint = read_checkpoint(args.supernet, "supernet")
     subnet = read_subnet(args.subnet, checkpoint["model"])
     data = {**checkpoint["data"], "data_dir": args.data_dir or checkpoint["data"]["data_dir"]}

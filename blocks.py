@@ -1,8 +1,7 @@
 """Prunable CNN and ViT blocks, and what the four stages share.
 
-UPDP prunes depth: it replaces whole blocks of a network by smaller ones that merge into one or two
-layers each (Liu et al., "UPDP: A Unified Progressive Depth Pruner for CNN and Vision Transformer",
-AAAI 2024). `lam`, the paper's λ, leads from a block's baseline form to its pruned one:
+UPDP (Liu et al., AAAI 2024) prunes depth: it replaces whole blocks of a network by smaller ones that
+merge into one or two layers each. `lam`, the paper's λ, leads from a block's form to its pruned one:
 
     lam = 0   timm's own forward, bit for bit
     lam = 1   linear up to its last activation (in a ViT: the MLP half), so that `fuse()` can make
@@ -10,9 +9,8 @@ AAAI 2024). `lam`, the paper's λ, leads from a block's baseline form to its pru
 
 The pruned block comes in two forms, which merge into layers of the same shape:
 
-    reparam   the paper's: the block's own layers. With lam, activations inside become the identity,
-              LayerNorm becomes BatchNorm, and an activation is inserted at the end; what is linear
-              then is composed into one layer
+    reparam   the paper's: the block's own layers, to be composed into one. With lam, activations
+              inside become the identity, LayerNorm becomes BatchNorm, and one is added at the end
     fitted    new layers of the merged shape, which `fit` solves in closed form; lam blends the
               outputs. For blocks whose own layers cannot be merged, too, and without training
 
@@ -150,14 +148,10 @@ class Prunable:
         return 0 if skip is None else skip(x), x
 
     def join(self, skip, branch, lam):
-        """The block's output, from its skip and what is beside it."""
+        """The block's output: the skip, what is beside it, and the last activation."""
         if torch.is_tensor(skip) and self.drop_path is not None:
             branch = self.drop_path(branch)
-        return self.end(skip + branch, lam)
-
-    def end(self, y, lam):
-        """The last activation: timm's own, or an inserted one, which fades in."""
-        act = self.last_act()
+        y, act = skip + branch, self.last_act()  # timm's own, or an inserted one, which fades in
         return y if act is None else fade(act, y, 1 - lam if act is self.end_act else 0)
 
     def act_to_insert(self):
@@ -265,9 +259,8 @@ def fold_norms(layers):
     return plain
 
 
-def set_bn(bn, mean, variance, weight, bias):
-    tensors = bn.running_mean, bn.running_var, bn.weight, bn.bias
-    for tensor, value in zip(tensors, (mean, variance, weight, bias)):
+def set_bn(bn, *values):  # mean, variance, weight, bias
+    for tensor, value in zip((bn.running_mean, bn.running_var, bn.weight, bn.bias), values):
         tensor.copy_(value)
 
 
@@ -426,13 +419,12 @@ def make_prunable(model, form="reparam", end_act=None, attention=False):
                 convert(module, family)
     blocks = prunable_blocks(model)
     if not blocks:
-        kinds = {type(module).__name__ for module in model.modules()}
-        kinds = sorted(kind for kind in kinds if "Block" in kind or "Bottleneck" in kind)
-        kinds = f"; it is made of {', '.join(kinds)}" if kinds else ""
-        raise UserError(
-            f"{type(model).__name__} has no prunable block{listed(not_prunable(model)) or kinds}:"
-            " use a timm model: resnet18, resnet50, mobilenetv2_*, efficientnet_*, convnext*,"
-            " deit_*, vit_* (weights of torchvision's resnets fit timm's)")
+        kinds = sorted({type(module).__name__ for module in model.modules()})
+        kinds = ", ".join(kind for kind in kinds if "Block" in kind or "Bottleneck" in kind)
+        why = listed(not_prunable(model)) or kinds and f"; it is made of {kinds}"
+        raise UserError(f"{type(model).__name__} has no prunable block{why}: use a timm model:"
+                        " resnet18, resnet50, mobilenetv2_*, efficientnet_*, convnext*, deit_*,"
+                        " vit_* (weights of torchvision's resnets fit timm's)")
     if attention:
         attns = [block.attn for block in blocks.values() if isinstance(block, PrunableViTBlock)
                  and type(block.attn) is PrunableAttention.timm_class]
@@ -537,31 +529,27 @@ def recalibrate(model, batches, norms=None, unpruned=None):
     `fit`), whatever they were before; those of BNs that do not run stay. Leaves the model in eval
     mode. unpruned: the `bn_statistics` of the unpruned network on the same batches: they then move
     by what pruning changes on the batches, as few images tell a change better than a statistic.
-
-    Like torch.optim.swa_utils.update_bn, but only the BNs are in train mode: drop-path and dropout
-    stay off."""
+    (torch.optim.swa_utils.update_bn would turn drop-path and dropout on.)"""
     model.eval()
     paths = {path: module for path, module in model.named_modules()
              if isinstance(module, BatchNorm) and (norms is None or module in norms)}
-    momenta = {bn: bn.momentum for bn in paths.values()}
-    for bn in momenta:
+    momenta = [bn.momentum for bn in paths.values()]
+    for bn in paths.values():
         bn.running_mean.nan_to_num_(0, 0, 0)  # the average starts with 0 times it, NaN would stay
         bn.running_var.nan_to_num_(0, 0, 0)
         bn.num_batches_tracked.zero_()
         bn.momentum = None  # cumulative average
         bn.train()
-    for number, images in enumerate(map(images_in, batches) if momenta else ()):
+    for number, images in enumerate(map(images_in, batches) if paths else ()):
         if len(images) > 1 or number == 0:  # one image may end as one pixel, which has no variance
             model(images)
-    for bn, momentum in momenta.items():
+    for (path, bn), momentum in zip(paths.items(), momenta):
         bn.momentum = momentum
         bn.eval()
-    for path, bn in paths.items() if unpruned else ():
-        if path not in unpruned or not bn.num_batches_tracked:
-            continue
-        (mean, var), (seen_mean, seen_var) = unpruned[path]
-        bn.running_mean.sub_(seen_mean).add_(mean)  # so what does not change stays bit for bit
-        bn.running_var.add_(bn.eps).div_(seen_var + bn.eps).mul_(var)
+        if path in (unpruned or ()) and bn.num_batches_tracked:
+            (mean, var), (seen_mean, seen_var) = unpruned[path]
+            bn.running_mean.sub_(seen_mean).add_(mean)  # so what does not change stays bit for bit
+            bn.running_var.add_(bn.eps).div_(seen_var + bn.eps).mul_(var)
 
 
 def bn_statistics(unpruned, batches):
@@ -677,9 +665,7 @@ class PrunableInvertedResidual(PrunableConvs, _efficientnet_blocks.InvertedResid
 def replace_norm(norm, bn, like):
     """The BatchNorm `bn`, on the device of the layer `like`, with weight and bias of `norm`, which
     it will replace. Its statistics are of no images yet: `recalibrate`, or train, before use."""
-    bn = bn.to(like.weight)
-    for key, value in norm.named_parameters():  # weight, bias, or none
-        getattr(bn, key).data.copy_(value.data)
+    bn.to(like.weight).load_state_dict(dict(norm.named_parameters()), strict=False)  # or none
     return bn
 
 
@@ -859,9 +845,8 @@ FAMILIES = (PrunableBasicBlock, PrunableBottleneck, PrunableInvertedResidual, Pr
 def fit(model, prune, batches, in_turn=True, ridge=1e-2, pixels=8192, max_bytes=2**32):
     """Solves the fitted form of the blocks in `prune`, as for set_subnet, by least squares on
     `batches` (an iterable of images, or of pairs of them and labels): its output is to reproduce
-    that of the block in the unpruned network. Nothing else in the model changes; all blocks are
-    left at lam = 0, and the model in eval mode. UserError where there are no images, or what the
-    model makes of them is not finite.
+    that of the block in the unpruned network. Nothing else changes; the model is left in eval mode
+    and at lam = 0. UserError where there are no images, or what becomes of them is not finite.
 
     in_turn: block after block, each on the inputs that it gets once those before it are pruned, so
     that it also corrects their errors. Each batch goes through the network twice at once, its first
@@ -1019,8 +1004,7 @@ def create_model(name, model_args, pretrained=False):
 
 
 def build(checkpoint, baseline=False):
-    """The network in a checkpoint, in eval mode: prunable with its subnet set, or merged. Or, if
-    asked for, the timm model that was pruned, with its own weights."""
+    """The network of a checkpoint, or the timm model that it was pruned from, in eval mode."""
     model = create_model(checkpoint["model"], checkpoint["model_args"])
     if not baseline:
         make_prunable(model, checkpoint["form"], checkpoint["end_act"], checkpoint["attention"])
@@ -1217,6 +1201,8 @@ def training_flags(parser, warmup):
     flag("--smoothing", type=share, default=0.0, help="label smoothing, e.g. 0.1")
     flag("--aa", metavar="POLICY", help="augmentation in timm's notation: rand-m9-mstd0.5-inc1")
     flag("--reprob", type=share, default=0.0, help="probability of random erasing, e.g. 0.25")
+    flag("--calibrate", type=at_least(0), default=4096, metavar="N",
+         help="training images to fit the pruned forms on; 0: each starts as its skip alone")
     flag("--amp", action="store_true", help="mixed precision (bfloat16)")
     flag("--compile", action="store_true", help="torch.compile: slow to start, faster later")
 
@@ -1265,6 +1251,7 @@ def start(parser, *inputs, last_output=lambda args: args.out, read=read_checkpoi
     if state and path != last:
         print(f"{path} is finished: nothing to do")
         sys.exit()
+    random_seed(getattr(args, "seed", 0))
     return args, device, state
 
 
@@ -1343,8 +1330,7 @@ def read_image(dataset, index):
         return image.convert("RGB"), int(label)
     except Exception as error:  # Pillow raises many kinds
         name = reader.filename(index, absolute=True) if reader else f"number {index}"
-        raise UserError(f"cannot read image {name} ({type(error).__name__}): repair or remove it"
-                        ) from error
+        raise UserError(f"cannot read image {name} ({type(error).__name__}): remove it") from error
 
 
 class Images(torch.utils.data.Dataset):
@@ -1474,9 +1460,8 @@ def answers(model, batches):
 @torch.no_grad()
 def evaluate(model, batches, split=False, logits=None):
     """{"loss": mean cross entropy, "top1": %} over an iterable of (images, labels), in float32.
-    logits: the unpruned network's `answers`, for {"agreement": %, how often top-1 is the same
-    class, "kl": mean divergence, "distance": 1 - the logits' correlation}. split: each process has
-    a part of the batches, and gets the result of all."""
+    logits: the unpruned network's `answers`, for {"agreement": % of equal top-1, "kl": mean
+    divergence, "distance": see `uncorrelated`}. split: each process has a part of the batches."""
     model.eval()
     sums = torch.zeros(6, dtype=torch.float64, device=next(model.parameters()).device)
     for i, (images, labels) in enumerate(progress_bar(batches, "evaluate")):
@@ -1504,11 +1489,6 @@ def outputs_of(network, images, amp=False):
     with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
         features = network.forward_features(images)
         return features.float(), network.forward_head(features).float()
-
-
-def distance(features, wanted):
-    """The mean squared difference of features, as a share of the variance of the wanted ones."""
-    return F.mse_loss(features, wanted) / wanted.var()
 
 
 def uncorrelated(found, wanted):
