@@ -6,12 +6,11 @@ Reads images and maybe weights. Writes runs/supernet.pt, and runs/supernet.csv: 
     python 1_supernet.py --data-dir imagenet --model resnet34.tv_in1k --pretrained --epochs 0
     python 1_supernet.py --model deit_tiny_patch16_224 --model-kwargs patch_size=4 img_size=32
 
-The baseline is trained first (--baseline-epochs), unless its weights are given. The supernet's
-epochs follow, by the sandwich rule: each step runs the largest subnet (nothing pruned) on the
-labels, and the smallest (everything pruned) and two random ones on the largest's output as soft
-labels; their gradients add up. In the paper's form, whose weights all subnets share, the soft
-labels are the baseline's, also for the largest. All that is fitted is solved before: with --form
-fitted or --epochs 0 every pruned block, else the lower rungs, which are not trained here.
+The baseline is trained first, unless its weights are given. The supernet's epochs follow, by the
+sandwich rule: each step runs the largest subnet (nothing pruned) on the labels, and the smallest
+(everything pruned) and two random ones on the largest's output as soft labels; their gradients add
+up. In the paper's form, whose weights all subnets share, soft labels are the baseline's, also for
+the largest. All that is fitted is solved before; where it is lower rungs, they are not trained.
 """
 import argparse
 import collections
@@ -40,7 +39,7 @@ from blocks import (UserError, answers, at_least, check_finite, cost, create_mod
 
 parser = argparse.ArgumentParser(description="Stage 1 of 4: trains a supernet.",
                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-flag = parser.add_argument
+flag, share = parser.add_argument, at_least(0, float, 1)
 # model
 flag("--model", default="resnet18", help="a timm model: mobilenetv2_100, convnext_tiny.fb_in1k")
 flag("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="k=v",
@@ -58,10 +57,8 @@ flag("--dataset", default="", help="a timm data set instead of a folder: hfds/..
 flag("--class-map", metavar="FILE", help="class folders in the order of the weights' classes, a"
      " name per line; the data may have some only; timm's imagenet_synsets.txt is found by name")
 flag("--img-size", type=at_least(1), help="height and width (None: the model's; 32 for shapes)")
-# how the weights' images were prepared (None: as timm says for --model)
-for name, least in (("--mean", 0), ("--std", 1e-3)):
-    flag(name, type=at_least(least, float, 1), nargs=3, metavar="X",
-         help="of RGB from 0 to 1 (None: the model's)")
+flag("--mean", type=share, nargs=3, metavar="X", help="of RGB from 0 to 1 (None: the model's)")
+flag("--std", type=at_least(1e-3, float, 1), nargs=3, metavar="X", help="(None: the model's)")
 flag("--interpolation", choices=("nearest", "bilinear", "bicubic", "lanczos"),
      help="to resize images (None: the model's)")
 flag("--crop-pct", type=at_least(0.01, float, 1), metavar="R", help="share of the height and width"
@@ -268,8 +265,7 @@ def load_weights(model, args):
             state = state[name := max(tensors, key=tensors.get)]
             print(f"{args.checkpoint}: the weights in {name!r}")
         first = next(iter(wanted))
-        prefix = min((key[:-len(first)] for key in state if key.endswith(first)), key=len,
-                     default="")
+        prefix = min((k[:-len(first)] for k in state if k.endswith(first)), key=len, default="")
         state = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
         if prefix:
             print(f"{args.checkpoint}: the weights behind {prefix}")
@@ -337,8 +333,7 @@ def main():
             raise UserError(f"the {part} images are in no class folders: that needs weights of"
                             " these classes (--checkpoint, --pretrained), for answers as labels")
         images = make_loader({**data, "holdout": torch.tensor([])}, part, 64, device, args.workers)
-        found = torch.cat([logits.argmax(1) for logits in answers(model, images)])
-        data["answers"][part] = found.cpu()  # loaders' processes read it
+        data["answers"][part] = torch.cat([x.argmax(1).cpu() for x in answers(model, images)])
         print(f"the {part} images have no labels: the given weights' answers take their place")
     loader = make_loader(data, "train", args.batch_size, device, args.workers, augment=args)
     val = make_loader(data, "val", args.batch_size, device, args.workers, split=True)

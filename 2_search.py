@@ -3,17 +3,15 @@
 Reads runs/supernet.pt. Writes runs/subnet.json: "prune" is what counts, all else is for the record.
 Beside it, subnet.front/ has a spec for each of the best trade-offs.
 
-    python 2_search.py                     # half of the prunable blocks
-    python 2_search.py --prune 6           # six of them (the paper's P6)
+    python 2_search.py --prune 6           # six blocks (the paper's P6)
     python 2_search.py --prune 2 4 6       # a search for each: runs/subnet-2.json, …
     python 2_search.py --score my.json     # only scores subnets of your own
     python 2_search.py --dry-run --latency 1   # what each block costs, and what can be reached
 
-Budgets hold for the merged network; of --prune all blocks are at their first rung. Every block is
-first pruned alone, at each rung: what that costs tells the genetic algorithm where to save. A score
-is the loss on the held-out training images, with BN statistics of its own, whatever was scored
-before; in an untrained supernet how little the logits correlate with the unpruned network's, and
-there the best few are fitted in turn and scored again. Where few subnets fit, all are scored.
+Budgets hold for the merged network. Every block is first pruned alone, at each rung: what that
+costs tells the genetic algorithm where to save. A score is the loss on the held-out training images
+with BN statistics of its own; in an untrained supernet how little the logits correlate with the
+unpruned network's, and there the best few are fitted in turn and scored again.
 """
 import argparse
 import contextlib
@@ -32,6 +30,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from blocks import (UserError, answers, at_least, atomic_write, bn_statistics, build, cost,
                     evaluate, finish, fit, latencies, make_loader, merge, not_fitted, outermost,
@@ -98,18 +97,14 @@ def block_savings(model, blocks, input_size):
         return cost(merge(nn.Sequential(part)), size)
 
     model.to("meta").eval()
-    unpruned, savings, sizes = merged_cost([], model, input_size), {}, {}
+    unpruned, savings, inputs = merged_cost([], model, input_size), {}, {}
+    with register_module_forward_pre_hook(lambda module, x: inputs.update({module: x})):
+        model(torch.empty(1, *input_size, device="meta"))
     modules = prunable_blocks(model)
-    hooks = [module.register_forward_pre_hook(
-        lambda _, x, name=name: sizes.update({name: x[0].shape[1:]}))
-        for name, module in modules.items()]
-    model(torch.empty(1, *input_size, device="meta"))
-    for hook in hooks:
-        hook.remove()
     for name, rungs in progress_bar(blocks.items(), "costs", unit="block"):
         # An attention's cost is in the block around it, whose norm it takes along
-        outer = outermost(name, modules)
-        costs = [merged_cost(prune, modules[outer], sizes[outer])
+        outer = modules[outermost(name, modules)]
+        costs = [merged_cost(prune, outer, inputs[outer][0].shape[1:])
                  for prune in ([], *({name: rung} for rung in rungs))]
         savings[name] = [{key: costs[0][key] - one[key] for key in one} for one in costs]
     return unpruned, savings
@@ -128,31 +123,26 @@ def measure_blocks(model, blocks, images, count=16, rounds=9):
     `count`, in which each form of a block is about as frequent as any other; they take short turns.
     (Timed alone, with its input still in the cache, a block came out up to a quarter wrong.)
 
-    error: how far the sums are from the networks' times (median), as a share. spread: how far apart
-    the savings are at most of blocks that are alike, or of the measurement's two halves, as a share
-    of the baseline's time."""
+    error: how far the sums are from the networks' times, the median of the shares. spread: how far
+    apart blocks that are alike are at most, or the measurement's two halves, as such a share."""
     cuda, rng = images.device.type == "cuda", random.Random(0)
 
     def stamp():
         if not cuda:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
 
     forms = [1 + len(rungs) for rungs in blocks.values()]
     first, subnets = [0] * len(forms), []
     while len(subnets) < count:
-        subnets += [tuple((a + step) % n for a, n in zip(first, forms))
-                    for step in range(max(forms))]
+        subnets += [tuple((a + i) % n for a, n in zip(first, forms)) for i in range(max(forms))]
         first = [rng.randrange(n) for n in forms]
     networks = [merged_on(model, to_prune(subnet, blocks), images.device) for subnet in subnets]
     totals = latencies(networks, images, rounds)[:, 1]
     kinds = {}  # of blocks; those of the same kind cost the same
     hooks = [networks[0].get_submodule(name).register_forward_pre_hook(
-        lambda block, x, name=name: kinds.update({name: (
-            type(block), x[0].shape, *(weight.shape for weight in block.parameters()))}))
-        for name in blocks]
+        lambda block, x, name=name: kinds.update({name: (type(block), x[0].shape, *(
+            weight.shape for weight in block.parameters()))})) for name in blocks]
     networks[0](images)
     for hook in hooks:
         hook.remove()
@@ -244,8 +234,7 @@ def reachable(kind, blocks, baseline, unpruned, savings):
 
 def print_blocks(blocks, baseline, unpruned, savings):
     """What each rung of each block costs, and the range of every budget."""
-    rows = [("baseline, BN folded", "",
-             *(f"{unpruned[kind] / baseline[kind]:.4f}" for kind in unpruned))]
+    rows = [("baseline, BN folded", "", *(f"{unpruned[k] / baseline[k]:.4f}" for k in unpruned))]
     for name, rungs in blocks.items():
         rows += [(name if rung == rungs[0] else "", rung,
                   *(f"{one[kind] / baseline[kind]:.4f}" for kind in unpruned))
@@ -311,17 +300,15 @@ def make_budget(kind, value, blocks, baseline, unpruned, savings):
 
 # ---- scores --------------------------------------------------------------------------------------
 
-def make_score(model, blocks, calibration, held_out, max_bytes=2**31, unpruned=None, logits=None):
+def make_score(model, blocks, calibration, held_out, unpruned=None, logits=None, max_bytes=2**31):
     """score(candidate) -> {"loss", "top1"} on `held_out`, a list of (images, labels), with BN
     statistics of `calibration`, a list of images, or the `unpruned` network's, moved by what
-    changes on them. The loss is that of the labels or, given the unpruned network's `logits`, how
-    little they correlate with these.
+    changes on them. The loss is that of the labels, or the distance to the unpruned `logits`.
 
     Blocks do not run again as long as all up to them are pruned as in the candidate before: their
-    outputs are kept, if they fit in `max_bytes`. The scores are the same bits, and come faster if
-    candidates are sorted."""
+    outputs are kept, up to `max_bytes`. Same bits, and faster where candidates are sorted."""
     modules = prunable_blocks(model)
-    kept, before, same, batch = {}, None, 0, 0  # kept: {(block, number of the batch): its output}
+    kept, before, same, batch = {}, (), 0, 0  # kept: {(block, number of the batch): its output}
 
     def remember(i, forward, x, **kwargs):
         nonlocal kept, max_bytes
@@ -344,9 +331,7 @@ def make_score(model, blocks, calibration, held_out, max_bytes=2**31, unpruned=N
 
     def score(candidate):
         nonlocal before, same
-        same = 0
-        if kept is not None and before is not None:
-            same = next((i for i in range(len(blocks)) if candidate[i] != before[i]), len(blocks))
+        same = [*(a == b for a, b in zip(candidate, before)), False].index(False) if kept else 0
         before = candidate
         set_subnet(model, to_prune(candidate, blocks))
         if calibration:
@@ -362,8 +347,7 @@ def ranking(result):
 
 
 def share_out(work, items, name, rounds=0):
-    """[work(item) for item in items]; under torchrun each process does a part, and gets all.
-    rounds: how often as many are to come, for an estimate of the time."""
+    """[work(item) for item in items]; under torchrun each process does a part, and gets all."""
     rank, world = rank_and_world()
     mine = items[len(items) * rank // world:len(items) * (rank + 1) // world]
     mine = [work(item) for item in progress_bar(mine, name, rounds, unit="subnet")]
@@ -390,14 +374,13 @@ def pareto(scores, cost_key):
     return front
 
 
-def search(score, budget, population, generations, seed, cost_key="macs", scores=None, first=0,
+def search(score, budget, population, generations, seed, cost_key="macs", scores=(), first=0,
            keep=lambda *_: None):
     """Genetic search for the candidate within `budget` with the lowest loss; exhaustive where no
     more subnets fit than population x generations. Returns {candidate: score(candidate)} of all
     that were scored, with their "generation", and whether that is all that fit. scores: what is
     known already. keep(generation, scores) saves what `first` goes on from."""
-    scores = {} if scores is None else scores
-    sizes, fits, repair, every = budget
+    scores, (sizes, fits, repair, every) = dict(scores), budget
     everything = list(itertools.islice(every(), population * generations + 1))
     exact = len(everything) <= population * generations
     if exact:
@@ -449,9 +432,8 @@ def plot(scores, front, picks, unpruned, cost_key, blocks, path):
     figure = Figure((12, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
 
-    def points(candidates):
-        return zip(*((scores[c][cost_key] / unpruned[cost_key], scores[c]["loss"])
-                     for c in candidates))
+    def points(chosen):
+        return zip(*((scores[c][cost_key] / unpruned[cost_key], scores[c]["loss"]) for c in chosen))
 
     left.plot(*points(scores), ".", color="silver", label="scored")
     left.plot(*points(front), "o-", label="best trade-offs")
@@ -475,19 +457,17 @@ def plot(scores, front, picks, unpruned, cost_key, blocks, path):
 
 
 def main():
-    def outputs(args):
-        budgets, (root, ending) = getattr(args, kind(args)), os.path.splitext(args.out)
-        several = budgets and len(budgets) > 1
-        return [f"{root}-{value:g}{ending}" for value in budgets] if several else [args.out]
-
-    def kind(args):
-        return next((key for key in ("macs", "params", "latency") if getattr(args, key)), "prune")
+    def budget_and_files(args):
+        kind = next((key for key in ("macs", "params", "latency") if getattr(args, key)), "prune")
+        values, (root, ending) = getattr(args, kind) or [], os.path.splitext(args.out)
+        several = [f"{root}-{value:g}{ending}" for value in values]
+        return kind, several if len(several) > 1 else [args.out]
 
     args, device, state = start(parser, "supernet", read=read_subnet,
-                                last_output=lambda args: outputs(args)[-1])
+                                last_output=lambda args: budget_and_files(args)[1][-1])
     if args.plot and (args.score or args.dry_run):
         raise UserError("--plot draws a search: leave out --score and --dry-run")
-    kind, paths, root = kind(args), outputs(args), os.path.splitext(args.out)[0]
+    (kind, paths), root = budget_and_files(args), os.path.splitext(args.out)[0]
     cost_key = "macs" if kind == "prune" else kind
     checkpoint = read_checkpoint(args.supernet, "supernet")
     data = {**checkpoint["data"], "data_dir": args.data_dir or checkpoint["data"]["data_dir"]}
@@ -527,8 +507,7 @@ def main():
     if not trained:  # the baseline's statistics and answers are worth more than few labels
         set_subnet(model, [])
         logits, unpruned_bn = answers(model, held_out), bn_statistics(model, calibration)
-    score_alone = make_score(model, blocks, calibration, held_out, unpruned=unpruned_bn,
-                             logits=logits)
+    score_alone = make_score(model, blocks, calibration, held_out, unpruned_bn, logits)
 
     def score(candidate):
         saved = [savings[name][gene] for name, gene in zip(blocks, candidate)]
@@ -563,11 +542,10 @@ def main():
     def save_subnet(candidate, path, **notes):
         costs = {key: scores[candidate][key] for key in unpruned}
         found = {key: scores[candidate][key] for key in ("loss", "top1", "generation")}
-        save({"format": 1, "model": checkpoint["model"],
-                   "prune": prune_entry(candidate, blocks),
-                   "model_args": checkpoint["model_args"], "input_size": data["input_size"],
-                   "baseline": baseline, "merged": costs, "search": {**found, **notes},
-                   "flags": vars(args)}, path)
+        save({"format": 1, "model": checkpoint["model"], "prune": prune_entry(candidate, blocks),
+              "model_args": checkpoint["model_args"], "input_size": data["input_size"],
+              "baseline": baseline, "merged": costs, "search": {**found, **notes},
+              "flags": vars(args)}, path)
 
     def words(candidate):
         return " ".join(name if gene == 1 else f"{name}:{blocks[name][gene - 1]}"
@@ -575,15 +553,13 @@ def main():
 
     def keep(generation, scores):
         save([{"prune": words(c), "blocks": len(to_prune(c, blocks)), **s}
-                  for c, s in scores.items()], f"{root}.search.csv")
+              for c, s in scores.items()], f"{root}.search.csv")
         save({"stage": "unfinished run", "flags": vars(args), "budget": number,
-              "generation": generation, "scores": list(scores.items())},
-             args.out + ".last")
+              "generation": generation, "scores": list(scores.items())}, args.out + ".last")
 
-    first_budget, first, scores = 0, 0, {}
+    first_budget, first, scores = 0, 0, ()
     if state:
-        first_budget, first = state["budget"], state["generation"]
-        scores = dict(state["scores"])
+        first_budget, first, scores = state["budget"], state["generation"], state["scores"]
         print(f"going on after generation {first} of --{kind} {values[first_budget]:g}")
     for number in range(first_budget, len(values)):
         print(f"--{kind} {values[number]:g}")

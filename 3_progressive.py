@@ -6,13 +6,13 @@ be merged. Beside it, runs/subnet.csv has a row per epoch, and more while lam ri
     python 3_progressive.py --control --plot     # beside the baseline, trained on for as long
     python 3_progressive.py --no-features        # labels, too, though stage 1 took weights
 
-It starts from the baseline's own weights. `lam`, the paper's λ, rises with every step over the
-first --transition of the steps, slowly near 1, where a little more costs most. The baseline's
-outputs serve as soft labels; where stage 1 took weights, which know more than the images at hand,
-they and the features before the pooling are all that is learned (--features).
+`lam`, the paper's λ, rises with every step over the first --transition of the steps, slowly near 1,
+where a little more costs most. The baseline's outputs serve as soft labels; where stage 1 took
+weights, they and the features before the pooling are all that is learned (--features).
 """
 import argparse
 import copy
+import functools
 import math
 import os
 
@@ -84,11 +84,9 @@ def plot(log, baseline, path):
         figure.savefig(temporary, dpi=150)
 
 
-def train_subnet(model, teacher, prune, loader, test, args, log, still=(), control=None,
-                 state=None):
-    """Trains `model` while the blocks `prune` (none: it is the control) go from lam = 0 to 1, on
-    the teacher's answers and features, or on the labels and these answers. The BatchNorms `still`
-    keep the statistics that they have. Returns it and what test(model) finds."""
+def train_subnet(model, teacher, prune, loader, test, args, log, still=(), state=None, **kept):
+    """Trains `model`, as `train` does, while the blocks `prune` (none: the control) go from lam = 0
+    to 1, on the teacher's answers and features, or on the labels and these answers."""
     lam, steps = 0.0, args.epochs * len(loader)
 
     def step(images, labels, number):
@@ -116,7 +114,7 @@ def train_subnet(model, teacher, prune, loader, test, args, log, still=(), contr
     moving = {number for number in range(tenth - 1, steps, tenth)
               if prune and lam_at(number, steps, args.transition) < 1}
     return train(model, step, measure, loader, args, "subnet" if prune else "control",
-                 range(args.epochs), args.lr, log, HOLD, moving, still, state, control=control)
+                 range(args.epochs), args.lr, log, HOLD, moving, still, state, **kept)
 
 
 def main():
@@ -124,24 +122,23 @@ def main():
     checkpoint = read_checkpoint(args.supernet, "supernet")
     subnet = read_subnet(args.subnet, checkpoint["model"])
     data = {**checkpoint["data"], "data_dir": args.data_dir or checkpoint["data"]["data_dir"]}
-    teacher = build(checkpoint, baseline=True)
+    flags, teacher = checkpoint["flags"], build(checkpoint, baseline=True)  # flags: stage 1's
     model = copy.deepcopy(teacher)
     teacher.to(device, memory_format=torch.channels_last)
     if args.epochs == 0 and (args.control or args.plot):
         raise UserError("--control and --plot show a training: give --epochs, too")
     if args.features is None:
-        args.features = bool(checkpoint["flags"]["checkpoint"] or checkpoint["flags"]["pretrained"])
+        args.features = bool(flags["checkpoint"] or flags["pretrained"])
     if args.features and args.control:
         raise UserError("--control: where features are learned, the baseline itself is the control:"
                         " leave it out, or give --no-features")
-    form = args.form or ("fitted" if args.features or not args.epochs
-                         else checkpoint["flags"]["form"])
+    form = args.form or ("fitted" if args.features or not args.epochs else flags["form"])
     if args.transition is None:
         args.transition = 0.25 if form == "reparam" else 0.0 if args.features else 0.1
     make_prunable(model, form, False, checkpoint["attention"])
     set_subnet(model, subnet["prune"])  # raises for an unknown block
-    prune = {name: block.rung for name, block in prunable_blocks(model).items()
-             if name in subnet["prune"]}
+    pruned = {name: block for name, block in prunable_blocks(model).items() if block.lam}
+    prune = {name: block.rung for name, block in pruned.items()}
     if args.features and not prune:
         args.epochs = 0  # there is nothing to learn, and Adam makes steps of rounding errors
     end_act = args.end_act
@@ -149,21 +146,18 @@ def main():
         end_act = args.epochs > 0 and default_end_act(model, form, prune)
     if end_act:
         insert_end_acts(model)
-    spare_weights(args, checkpoint["flags"], model, prune)
+    spare_weights(args, flags, model, prune)
     model.to(device, memory_format=torch.channels_last)
     loader = make_loader(data, "train", args.batch_size, device, args.workers, augment=args)
     val = make_loader(data, "val", args.batch_size, device, args.workers, split=True)
     print(f"{checkpoint['model']}, {len(prune)} blocks pruned, {form} form, baseline top-1"
           f" {checkpoint['baseline']['top1']:.2f} %")
-    fitted = [name for name, block in prunable_blocks(model).items()
-              if name in prune and block.rung in block.fitted]
-    changed = {module for name, block in prunable_blocks(model).items()
-               for module in block.modules() if name in prune and name not in fitted}
+    fitted = [name for name, block in pruned.items() if block.rung in block.fitted]
     still = []
     if args.features and args.epochs:
-        still = [module for module in model.modules()
-                 if isinstance(module, BatchNorm) and module not in changed]
-        for path, module in model.named_modules() if prune else ():
+        moving = {m for name in prune if name not in fitted for m in pruned[name].modules()}
+        still = [m for m in model.modules() if isinstance(m, BatchNorm) and m not in moving]
+        for path, module in model.named_modules():
             if path in prune:
                 break
             for weight in module.parameters(recurse=False):
@@ -173,20 +167,15 @@ def main():
     if form == "reparam" and fitted:
         print(f"of the fitted form: {' '.join(fitted)}")
     if args.control is None:  # who sees the drawn pictures sees that training alone helps there
-        flags = checkpoint["flags"]
         args.control = not (flags["data_dir"] or flags["dataset"] or args.features)
-    wanted = answers(teacher, val)
-
-    def test(network):
-        return evaluate(network, val, split=True, logits=wanted)
-
-    log, control = (state["log"], state["control"]) if state else ([], None)
+    test = functools.partial(evaluate, batches=val, split=True, logits=answers(teacher, val))
+    log, control = (state["log"], state.get("control")) if state else ([], None)
     if state:
         print(f"going on after epoch {state['epoch']} of the {log[-1]['network']}")
     if args.control and args.epochs and not control:
         print("control: the baseline, trained for as long")
         unpruned = copy.deepcopy(teacher)
-        spare_weights(args, checkpoint["flags"], unpruned)
+        spare_weights(args, flags, unpruned)
         _, control = train_subnet(unpruned, teacher, {}, loader, test, args, log, state=state)
         state = None
     if not state:
@@ -202,8 +191,8 @@ def main():
         print(f"at the start, with lam {lam:.3f}, top-1 {result['top1']:.2f} %, agreement"
               f" {result['agreement']:.2f} %")
     if args.epochs:
-        model, result = train_subnet(model, teacher, prune, loader, test, args, log, still, control,
-                                     state)
+        model, result = train_subnet(model, teacher, prune, loader, test, args, log, still, state,
+                                     control=control)
         if args.plot and rank_and_world()[0] == 0:
             plot(log, checkpoint["baseline"]["top1"], os.path.splitext(args.out)[0] + ".png")
     model.cpu().eval()

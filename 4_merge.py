@@ -1,10 +1,8 @@
 """Stage 4 of 4: merges the trained subnet into plain layers, proves that it is the same, times it.
 
-Reads runs/subnet.pt. Writes runs/merged.pt (weights and what they are, for `blocks.build`),
-runs/merged.pt2 (torch.export: runs in any Python with torch, for any batch at the subnet's height
-and width) and runs/merged.json (the table of the end, which times the file as read back). A merged
-network that was trained further, {**checkpoint, "state_dict": …}, is exported again with --subnet
-FILE and another --out.
+Reads runs/subnet.pt. Writes runs/merged.pt (for `blocks.build`), runs/merged.pt2 (torch.export) and
+runs/merged.json (the table of the end, which times the file as read back). A merged network that
+was trained further, {**checkpoint, "state_dict": …}, is exported with --subnet and another --out.
 
     python 4_merge.py --batch-size 1 16 --compile
     python 4_merge.py --fold-normalization --onnx             # takes RGB from 0 to 1; ONNX
@@ -43,18 +41,16 @@ flag("--out", default="runs/merged.pt", metavar="FILE",
 def check(names, ours, theirs, batches, bound, rounding=0.0):
     """Prints and returns how far two networks' logits are apart. UserError where that is more than
     `bound` times their standard deviation, and than twice `rounding`, one network's own error."""
-    errors, equal, logits = [], 0, []
+    logits = []
     for images, _ in batches:
         images = images.to(next(ours.parameters()).dtype)
-        a, b = ours(images), theirs(images)
-        errors.append((a - b).abs().max())
-        equal += (a.argmax(1) == b.argmax(1)).sum().item()
-        logits.append(a)
-    error, logits = torch.stack(errors).max().item(), torch.cat(logits)  # NaN if one is
-    bound = max(bound * logits.std().item(), 2 * rounding)  # two errors of that size may add up
+        logits.append((ours(images), theirs(images)))
+    a, b = map(torch.cat, zip(*logits))
+    error, equal = (a - b).abs().max().item(), (a.argmax(1) == b.argmax(1)).sum()
+    bound = max(bound * a.std().item(), 2 * rounding)  # two errors of that size may add up
     text = (f"{names}: max abs error {error:.1e} (bound {bound:.1e}), same top-1 on {equal} of"
-            f" {len(logits)} images")
-    if not error <= bound:
+            f" {len(a)} images")
+    if not error <= bound:  # NaN, too
         raise UserError(f"{text}: they differ, nothing was written")
     print(text)
     return error
@@ -113,9 +109,8 @@ def peak_memory(network, images):
 def main():
     args, device, _ = start(parser, "subnet")
     cuda = device.type == "cuda"
-    if args.onnx and (missing := [name for name in ("onnx", "onnxscript")
-                                  if not importlib.util.find_spec(name)]):
-        raise UserError(f"--onnx needs more packages: pip install {' '.join(missing)}")
+    if args.onnx and not all(map(importlib.util.find_spec, ("onnx", "onnxscript"))):
+        raise UserError("--onnx needs more packages: pip install onnx onnxscript")
     onnx = os.path.splitext(args.out)[0] + ".onnx" if args.onnx else None
     table = os.path.splitext(args.out)[0] + ".json"
     written = [path for path in (args.out, args.out + "2", onnx) if path]
@@ -146,12 +141,10 @@ def main():
           lambda images: merged(images.float()).double(), val, 1e-4, rounding)
 
     # What travels with the network says nothing of this machine
-    about = {key: data[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct",
-                                        "classes")}
-    about.update({key: checkpoint[key] for key in ("model", "model_args", "prune", "form",
-                                                   "end_act", "attention")}, stage="merged")
-    write(args, onnx, merged.cpu(), about, [(x.cpu(), labels.cpu()) for x, labels in val_512],
-          rounding)
+    about = {key: {**data, **checkpoint, "stage": "merged"}[key] for key in (
+        "input_size", "mean", "std", "interpolation", "crop_pct", "classes", "model", "model_args",
+        "prune", "form", "end_act", "attention", "stage")}
+    write(args, onnx, merged.cpu(), about, [(x.cpu(), y.cpu()) for x, y in val_512], rounding)
 
     # What it costs and what it is worth: the file as a user opens it
     torch.backends.cudnn.allow_tf32 = tf32
@@ -170,8 +163,7 @@ def main():
             images = torch.randn(batch, *data["input_size"], device=device)
             images = images.to(memory_format=torch.channels_last)
             seconds = latencies(networks.values(), images)
-            timed = zip(facts, networks.values(), seconds.tolist())
-            for fact, network, (low, median, high) in timed:
+            for fact, network, (low, median, high) in zip(facts, networks.values(), seconds):
                 memory = peak_memory(network, images) if cuda else None
                 rows.append({**fact, "compiled": compiled, "batch": batch, "memory": memory,
                              "seconds": median, "quartiles": [low, high],
@@ -189,9 +181,8 @@ def main():
          f"{r['images_per_s']:.0f}", f"{r['speed_up']:.2f}x",
          *([f"{r['memory'] / 1e6:.1f}"] if cuda else [])) for r in rows]
     if control := checkpoint["control"]:
-        empty = [""] * (len(header) - 5)
-        found = (f"{control[key]:.2f}" if key in control else "" for key in ("top1", "agreement"))
-        lines.insert(0, ("control", *lines[0][1:3], *found, *empty))
+        lines.insert(0, ("control", *lines[0][1:3], f"{control['top1']:.2f}",
+                         f"{control['agreement']:.2f}", *[""] * (len(header) - 5)))
     print_table(header, lines)
     if control:
         print("control: the baseline, trained for as long as this subnet")

@@ -1,7 +1,7 @@
 """Prunable CNN and ViT blocks, and what the four stages share.
 
-UPDP (Liu et al., AAAI 2024) prunes depth: it replaces whole blocks of a network by smaller ones that
-merge into one or two layers each. `lam`, the paper's λ, leads from a block's form to its pruned one:
+UPDP (Liu et al., AAAI 2024) prunes depth: it replaces whole blocks of a network by smaller ones,
+which merge into one or two layers each. `lam`, the paper's λ, leads from one form to the other:
 
     lam = 0   timm's own forward, bit for bit
     lam = 1   linear up to its last activation (in a ViT: the MLP half), so that `fuse()` can make
@@ -31,6 +31,7 @@ import itertools
 import json
 import math
 import os
+import pathlib
 import random
 import sys
 import tempfile
@@ -44,17 +45,15 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import Mixup
+from timm.data import Mixup, add_img_extensions
 from timm.data.loader import PrefetchLoader, fast_collate
-from timm.data.readers.img_extensions import add_img_extensions
 from timm.layers import Conv2dSame, Mlp, conv2d_same
 from timm.models import _efficientnet_blocks, convnext, resnet, vision_transformer
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import CosineLRScheduler
-from timm.utils import (AverageMeter, ModelEmaV3, distribute_bn, random_seed, reparameterize_model)
+from timm.utils import AverageMeter, ModelEmaV3, distribute_bn, random_seed, reparameterize_model
 from timm.utils.distributed import init_distributed_device_so
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch.utils.data.distributed import DistributedSampler
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -128,6 +127,7 @@ class Prunable:
     skip_module = lambda self: None
     reparam_norm = lambda self: None  # or a BatchNorm that takes the place of another norm
     last_act = lambda self: None if self.rung == "skip" else self.end_act
+    act_to_insert = lambda self: copy.deepcopy(self.mlp.act) if hasattr(self, "mlp") else None
 
     def ladder(self):
         """Names of the rungs, the most expensive first."""
@@ -153,9 +153,6 @@ class Prunable:
             branch = self.drop_path(branch)
         y, act = skip + branch, self.last_act()  # timm's own, or an inserted one, which fades in
         return y if act is None else fade(act, y, 1 - lam if act is self.end_act else 0)
-
-    def act_to_insert(self):
-        return copy.deepcopy(self.mlp.act) if hasattr(self, "mlp") else None
 
     def linear_inputs(self, x):
         """What the linear layers that `fit` solves work on, as rows."""
@@ -369,12 +366,8 @@ class PrunableBasicBlock(PrunableConvs, resnet.BasicBlock):
     convs = {"conv1": "bn1", "conv2": "bn2"}
     skip_module = lambda self: self.downsample or nn.Identity()
     last_act = lambda self: self.act2
-
-    def ladder(self):
-        return ["dense", "1x1"] + ["skip"] * (self.downsample is None)
-
-    def shape(self):
-        return self.conv1, self.conv1.in_channels, self.conv2.out_channels, 3
+    ladder = lambda self: ["dense", "1x1"] + ["skip"] * (self.downsample is None)
+    shape = lambda self: (self.conv1, self.conv1.in_channels, self.conv2.out_channels, 3)
 
     def reparam_layers(self, x, lam):
         z = fade(self.act1, self.drop_block(self.bn1(self.conv1(x))), lam)
@@ -403,15 +396,13 @@ def make_prunable(model, form="reparam", end_act=None, attention=False):
 
     def convert(block, family):
         reparam = form == "reparam" and not family.why_not_reparam(block)
-        timm_modules, block.__class__ = set(block.modules()), family
+        block.__class__ = family
         block.lam, block.end_act, block.rungs = 0.0, None, block.ladder()
         block.rung = block.rungs[0]
         block.fitted = nn.ModuleDict({
             rung: nn.Sequential(*(block.fitted_layers(rung) if rung != "skip" else ()))
-            for rung in block.rungs[reparam:]})
+            for rung in block.rungs[reparam:]}).train(block.training)
         block.norm_bn = block.reparam_norm() if reparam else None
-        for new in set(block.modules()) - timm_modules:
-            new.train(block.training)
 
     for module in list(model.modules()):
         for family in FAMILIES:
@@ -447,14 +438,12 @@ def default_end_act(model, form, prune=()):
         return False
     if blocks.keys() == set(prune) and not not_prunable(model):
         return True
-    return form == "reparam" and all(isinstance(block, PrunableConvNeXtBlock)
-                                     for block in blocks.values())
+    return form == "reparam" and all(isinstance(b, PrunableConvNeXtBlock) for b in blocks.values())
 
 
 def insert_end_acts(model):
     for block in prunable_blocks(model).values():
-        act = block.act_to_insert()
-        block.end_act = act and act.train(block.training)
+        block.end_act = block.act_to_insert()
 
 
 def prunable_blocks(model, path=""):
@@ -525,11 +514,10 @@ def images_in(batch):
 
 @torch.no_grad()
 def recalibrate(model, batches, norms=None, unpruned=None):
-    """Sets the statistics of the BNs `norms` (None: of all) to the average over `batches` (as for
-    `fit`), whatever they were before; those of BNs that do not run stay. Leaves the model in eval
-    mode. unpruned: the `bn_statistics` of the unpruned network on the same batches: they then move
-    by what pruning changes on the batches, as few images tell a change better than a statistic.
-    (torch.optim.swa_utils.update_bn would turn drop-path and dropout on.)"""
+    """Sets the statistics of the BNs `norms` (None: of all), where they run, to the average over
+    `batches` (as for `fit`). Leaves the model in eval mode. unpruned: the unpruned network's
+    `bn_statistics` on these: they then move by what pruning changes, as few images tell a change
+    better than a statistic. (swa_utils.update_bn would turn drop-path and dropout on.)"""
     model.eval()
     paths = {path: module for path, module in model.named_modules()
              if isinstance(module, BatchNorm) and (norms is None or module in norms)}
@@ -563,8 +551,7 @@ def bn_statistics(unpruned, batches):
 
 def not_fitted(model):
     """All modules but fitted layers, of which the BNs have the statistics of their fit."""
-    fitted = {module for block in prunable_blocks(model).values()
-              for module in block.fitted.modules()}
+    fitted = {m for block in prunable_blocks(model).values() for m in block.fitted.modules()}
     return set(model.modules()) - fitted
 
 
@@ -578,15 +565,13 @@ class PrunableBottleneck(PrunableConvs, resnet.Bottleneck):
     convs = {"conv1": "bn1", "conv2": "bn2", "conv3": "bn3"}
     skip_module = PrunableBasicBlock.skip_module
     last_act = lambda self: self.act3
+    shape = lambda self: (self.conv2, self.conv1.in_channels, self.conv3.out_channels, 1)
     rank = property(lambda self: self.conv3.in_channels)
 
     def ladder(self):
         _, inputs, outputs, _ = self.shape()
         one = is_conv1x1(self.downsample) or inputs * outputs <= self.rank * (inputs + outputs)
         return ["1x1" if one else "lowrank"] + ["skip"] * (self.downsample is None)
-
-    def shape(self):
-        return self.conv2, self.conv1.in_channels, self.conv3.out_channels, 1
 
     def reparam_layers(self, x, lam):
         z = fade(self.act1, self.bn1(self.conv1(x)), lam)
@@ -614,6 +599,7 @@ class PrunableInvertedResidual(PrunableConvs, _efficientnet_blocks.InvertedResid
     timm_class = _efficientnet_blocks.InvertedResidual
     convs = {"conv_pw": "bn1", "conv_dw": "bn2", "conv_pwl": "bn3"}
     skip_module = lambda self: nn.Identity() if self.has_skip else None
+    act_to_insert = lambda self: copy.deepcopy(getattr(self.bn2, "act", nn.ReLU()))  # EvoNorm: ReLU
 
     @classmethod
     def why_not_reparam(cls, block):
@@ -641,9 +627,6 @@ class PrunableInvertedResidual(PrunableConvs, _efficientnet_blocks.InvertedResid
         size = self.merged_size() or 3
         return self.conv_dw, self.conv_pw.in_channels, self.conv_pwl.out_channels, size
 
-    def act_to_insert(self):
-        return copy.deepcopy(getattr(self.bn2, "act", nn.ReLU()))  # EvoNorm has none
-
     def reparam_layers(self, x, lam):
         bn1, bn2, norm = self.bn1, self.bn2, nn.BatchNorm2d.forward  # norm: without bn1's own act
         if lam == 0:
@@ -666,7 +649,7 @@ def replace_norm(norm, bn, like):
     """The BatchNorm `bn`, on the device of the layer `like`, with weight and bias of `norm`, which
     it will replace. Its statistics are of no images yet: `recalibrate`, or train, before use."""
     bn.to(like.weight).load_state_dict(dict(norm.named_parameters()), strict=False)  # or none
-    return bn
+    return bn.train(norm.training)
 
 
 def why_not_plain_mlp(block):
@@ -722,6 +705,7 @@ class PrunableConvNeXtBlock(Prunable, convnext.ConvNeXtBlock):
     timm_class = convnext.ConvNeXtBlock
     why_not_reparam = staticmethod(why_not_plain_mlp)
     skip_module = lambda self: self.shortcut
+    linear_inputs = lambda self, x: pixel_rows(self.conv_dw(x))
 
     def ladder(self):
         return ["separable", "depthwise"] + ["skip"] * isinstance(self.shortcut, nn.Identity)
@@ -748,9 +732,6 @@ class PrunableConvNeXtBlock(Prunable, convnext.ConvNeXtBlock):
         bn, pw = nn.BatchNorm2d(dim), zero(nn.Conv2d(dim, dim, 1))
         layers = (dw, zero(bn)) if rung == "depthwise" else (dw, bn, pw)
         return [layer.to(dw.weight) for layer in layers]
-
-    def linear_inputs(self, x):
-        return pixel_rows(self.conv_dw(x))
 
     def solve_rung(self, rung, mean, gram, cross, bias, ridge):
         dw, bn = self.fitted[rung][:2]
@@ -1024,12 +1005,10 @@ def check_finite(model, what, hint=""):
 @torch.no_grad()
 def cost(model, input_size):
     """{"params", "macs"} of a forward pass on (1, *input_size), counted on the meta device."""
-    model = copy.deepcopy(model).to("meta").eval()
-    model.requires_grad_(False)  # the counter fails on parameters that are inputs
-    images = torch.empty(1, *input_size, device="meta",
-                         dtype=next(model.parameters(), torch.empty(0)).dtype)
+    model = copy.deepcopy(model).to("meta").eval().requires_grad_(False)  # or the counter fails
+    dtype = next(model.parameters(), torch.empty(0)).dtype
     with FlopCounterMode(display=False) as counter:
-        model(images)
+        model(torch.empty(1, *input_size, device="meta", dtype=dtype))
     return {"params": sum(p.numel() for p in model.parameters()),
             "macs": counter.get_total_flops() // 2}
 
@@ -1043,8 +1022,7 @@ def latencies(models, images, rounds=9):
     timers = [benchmark.Timer("model(images)", globals={"model": model, "images": images},
                               num_threads=torch.get_num_threads()) for model in models]
     counts = [max(1, round(0.1 / timer.timeit(3).mean)) for timer in timers]  # a tenth of a second
-    turns = [[timer.timeit(count).mean for timer, count in zip(timers, counts)]
-             for _ in range(rounds)]
+    turns = [[timer.timeit(n).mean for timer, n in zip(timers, counts)] for _ in range(rounds)]
     return np.quantile(turns, (0.25, 0.5, 0.75), axis=0).T
 
 
@@ -1245,18 +1223,6 @@ def start(parser, *inputs, last_output=lambda args: args.out, read=read_checkpoi
             fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)  # loaders do not inherit it
         except OSError:
             raise UserError(f"another run writes {args.out} at this moment: give another --out")
-    check_files(args, state, path, inputs)
-    if path == last and not state:
-        print(f"{path} is of a run that was killed: --resume would go on with it")
-    if state and path != last:
-        print(f"{path} is finished: nothing to do")
-        sys.exit()
-    random_seed(getattr(args, "seed", 0))
-    return args, device, state
-
-
-def check_files(args, state, path, inputs):
-    """UserError where --out cannot be written, or `state`, of the file `path`, is another run's."""
     files = list(filter(os.path.isfile, [getattr(args, flag) or "" for flag in inputs]))
     if os.path.realpath(args.out) in map(os.path.realpath, files):
         raise UserError(f"--out {args.out} is an input, too: give another --out")
@@ -1269,11 +1235,16 @@ def check_files(args, state, path, inputs):
     if changed:
         raise UserError(f"{path} was made with other flags: {'; '.join(changed)}. Give the same"
                         " ones, or leave out --resume to start again")
-    folder = os.path.dirname(os.path.abspath(args.out))
-    while not os.path.exists(folder):
-        folder = os.path.dirname(folder)
+    folder = next(filter(os.path.exists, pathlib.Path(args.out).absolute().parents))
     if os.path.isdir(args.out) or not os.access(folder, os.W_OK):
         raise UserError(f"cannot write {args.out}: give another --out")
+    if path == last and not state:
+        print(f"{path} is of a run that was killed: --resume would go on with it")
+    if state and path != last:
+        print(f"{path} is finished: nothing to do")
+        sys.exit()
+    random_seed(getattr(args, "seed", 0))
+    return args, device, state
 
 
 def rank_and_world():
@@ -1306,8 +1277,8 @@ def progress_bar(items, name, rounds=0, **kwargs):
                 started = None
             yield item
     total = len(items) if hasattr(items, "__len__") else None
-    return tqdm(timed(), name, total, leave=False,
-                disable=None if rank_and_world()[0] == 0 else True, **kwargs)
+    hidden = rank_and_world()[0] > 0 or None  # None: unless on a terminal
+    return tqdm(timed(), name, total, leave=False, disable=hidden, **kwargs)
 
 
 def print_table(header, rows):
@@ -1376,7 +1347,7 @@ def fingerprint(dataset):
     return zlib.crc32(repr(samples_of(dataset)).encode())
 
 
-class Shuffle(DistributedSampler):
+class Shuffle(torch.utils.data.DistributedSampler):
     """This process's images, in a new order every epoch (`set_epoch`), as (epoch, i)."""
 
     def __iter__(self):
@@ -1444,8 +1415,7 @@ def make_loader(data, part, batch_size, device, workers=0, limit=None, split=Fal
     loader = torch.utils.data.DataLoader(
         images, min(batch_size, len(sampler or images)), sampler=sampler, drop_last=bool(augment),
         num_workers=workers, persistent_workers=workers > 0, collate_fn=fast_collate,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator())  # its own: loading must not change the training's numbers
+        pin_memory=device.type == "cuda", generator=torch.Generator())  # apart from the training's
     return PrefetchLoader(loader, mean=data["mean"], std=data["std"], device=device,
                           re_prob=augment.reprob if augment else 0.)
 
@@ -1467,19 +1437,18 @@ def evaluate(model, batches, split=False, logits=None):
     for i, (images, labels) in enumerate(progress_bar(batches, "evaluate")):
         found = outputs_of(model, images)[1]
         sums[0] += F.cross_entropy(found, labels, reduction="sum")
-        sums[1] += (found.argmax(1) == labels).sum()
+        sums[1] += 100 * (found.argmax(1) == labels).sum()
         if logits:
-            sums[2] += (found.argmax(1) == logits[i].argmax(1)).sum()
+            sums[2] += 100 * (found.argmax(1) == logits[i].argmax(1)).sum()
             sums[3] += F.kl_div(found.log_softmax(1), logits[i].log_softmax(1), reduction="sum",
                                 log_target=True)
             sums[4] += len(labels) * uncorrelated(found, logits[i])
         sums[5] += len(labels)
     if split:
         all_reduce_mean([sums])
-    loss, correct, same, kl, apart, count = sums.tolist()
-    return {"loss": loss / count, "top1": 100 * correct / count,
-            **({"agreement": 100 * same / count, "kl": kl / count, "distance": apart / count}
-               if logits else {})}
+    *found, count = sums.tolist()
+    names = ("loss", "top1", "agreement", "kl", "distance")[:5 if logits else 2]
+    return {name: value / count for name, value in zip(names, found)}
 
 
 # ---- what the stages share: training -------------------------------------------------------------

@@ -208,7 +208,7 @@ def test_scores_are_the_same_bits_in_any_order(name, form, attention, max_bytes)
         unpruned = blocks.bn_statistics(model, calibration)
     right = {candidate: from_scratch(candidate) for candidate in candidates}
     score = search_script.make_score(
-        model, rungs, calibration, held_out, max_bytes, unpruned, logits
+        model, rungs, calibration, held_out, unpruned, logits, max_bytes
     )
     for order in (candidates, candidates[::-1], sorted(candidates)):
         for candidate in order:
