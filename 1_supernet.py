@@ -10,7 +10,7 @@ The baseline is trained first, unless its weights are given. The supernet's epoc
 sandwich rule: each step runs the largest subnet (nothing pruned) on the labels, and the smallest
 (everything pruned) and two random ones on the largest's output as soft labels; their gradients add
 up. In the paper's form, whose weights all subnets share, soft labels are the baseline's, also for
-the largest. All that is fitted is solved before; where it is lower rungs, they are not trained.
+the largest. Before, all that is fitted is solved: lower rungs, not trained here, or all blocks.
 """
 import argparse
 import collections
@@ -39,7 +39,7 @@ from blocks import (UserError, answers, at_least, check_finite, cost, create_mod
 
 parser = argparse.ArgumentParser(description="Stage 1 of 4: trains a supernet.",
                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-flag, share = parser.add_argument, at_least(0, float, 1)
+flag = parser.add_argument
 # model
 flag("--model", default="resnet18", help="a timm model: mobilenetv2_100, convnext_tiny.fb_in1k")
 flag("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="k=v",
@@ -57,8 +57,9 @@ flag("--dataset", default="", help="a timm data set instead of a folder: hfds/..
 flag("--class-map", metavar="FILE", help="class folders in the order of the weights' classes, a"
      " name per line; the data may have some only; timm's imagenet_synsets.txt is found by name")
 flag("--img-size", type=at_least(1), help="height and width (None: the model's; 32 for shapes)")
-flag("--mean", type=share, nargs=3, metavar="X", help="of RGB from 0 to 1 (None: the model's)")
-flag("--std", type=at_least(1e-3, float, 1), nargs=3, metavar="X", help="(None: the model's)")
+for name, least in (("--mean", 0), ("--std", 1e-3)):
+    flag(name, type=at_least(least, float, 1), nargs=3, metavar="X",
+         help="of RGB from 0 to 1 (None: the model's)")
 flag("--interpolation", choices=("nearest", "bilinear", "bicubic", "lanczos"),
      help="to resize images (None: the model's)")
 flag("--crop-pct", type=at_least(0.01, float, 1), metavar="R", help="share of the height and width"
@@ -192,10 +193,9 @@ def describe_images(args):
             raise UserError(f"val has classes that train lacks: {', '.join(unknown[:5])}")
     if len(train) < 10:
         raise UserError(f"{len(train)} training images: ten are needed, as one in ten is held back")
-    samples, held = samples_of(train), []
-    labels = [sample[1] if isinstance(sample, tuple) else sample for sample in samples]
+    labels = [s[1] if isinstance(s, tuple) else s for s in samples_of(train)]
     labels = labels if len(labels) == len(train) else [0] * len(train)  # not every data set tells
-    left = collections.Counter(labels)  # each class keeps a training image
+    left, held = collections.Counter(labels), []  # each class keeps a training image
     if single := sum(count == 1 for count in left.values()):
         print(f"{single} of {len(left)} classes have one training image: none of it is held back")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(args.seed))
@@ -342,7 +342,7 @@ def main():
             images = make_loader(data, part, 64, torch.device("cpu"), args.workers, split=world > 1)
             for _ in progress_bar(images, f"check {part}"):
                 pass
-    log, baseline, baseline_weights = state["log"] if state else [], None, None
+    log = state["log"] if state else []
 
     # Baseline
     spare_weights(args, vars(args), model)

@@ -123,8 +123,8 @@ def measure_blocks(model, blocks, images, count=16, rounds=9):
     `count`, in which each form of a block is about as frequent as any other; they take short turns.
     (Timed alone, with its input still in the cache, a block came out up to a quarter wrong.)
 
-    error: how far the sums are from the networks' times, the median of the shares. spread: how far
-    apart blocks that are alike are at most, or the measurement's two halves, as such a share."""
+    error: the median difference of sums and networks' times, as a share. spread: the largest one of
+    the savings of blocks that are alike, or of the two halves, as a share of the baseline."""
     cuda, rng = images.device.type == "cuda", random.Random(0)
 
     def stamp():
@@ -213,8 +213,7 @@ def latency_table(path, checkpoint, model, blocks, images):
             print("latencies of the blocks: measured; their sums differ from whole networks by"
                   f" {tables[0]['error']:.1%} (median), blocks that are alike by up to"
                   f" {tables[0]['spread']:.1%} of the baseline")
-            good = tables[0]["error"] < 0.1 and tables[0]["spread"] < 0.02
-            if good:
+            if good := tables[0]["error"] < 0.1 and tables[0]["spread"] < 0.02:
                 save(tables[0], path)
                 break
         if not good:
@@ -331,7 +330,8 @@ def make_score(model, blocks, calibration, held_out, unpruned=None, logits=None,
 
     def score(candidate):
         nonlocal before, same
-        same = [*(a == b for a, b in zip(candidate, before)), False].index(False) if kept else 0
+        alike = [a == b for a, b in zip(candidate, before)]
+        same = [*alike, False].index(False) if kept else 0  # so many blocks need not run again
         before = candidate
         set_subnet(model, to_prune(candidate, blocks))
         if calibration:
@@ -359,10 +359,7 @@ def share_out(work, items, name, rounds=0):
 
 def ranked(scores, cost_key="macs"):
     """The candidates of `scores`, the best first: by loss, then by cost. NaN is the worst loss."""
-    def key(candidate):
-        loss = scores[candidate]["loss"]
-        return math.inf if math.isnan(loss) else loss, scores[candidate][cost_key], candidate
-    return sorted(scores, key=key)
+    return sorted(scores, key=lambda c: (min(math.inf, scores[c]["loss"]), scores[c][cost_key], c))
 
 
 def pareto(scores, cost_key):
@@ -380,10 +377,10 @@ def search(score, budget, population, generations, seed, cost_key="macs", scores
     more subnets fit than population x generations. Returns {candidate: score(candidate)} of all
     that were scored, with their "generation", and whether that is all that fit. scores: what is
     known already. keep(generation, scores) saves what `first` goes on from."""
-    scores, (sizes, fits, repair, every) = dict(scores), budget
+    scores = dict(scores)
+    sizes, fits, repair, every = budget
     everything = list(itertools.islice(every(), population * generations + 1))
-    exact = len(everything) <= population * generations
-    if exact:
+    if exact := len(everything) <= population * generations:
         generations = -(-len(everything) // population)
         print(f"{len(everything)} subnets keep to the budget: scoring all of them")
     else:  # first, what each gene does by itself: it tells what to prune where more has to go
@@ -467,8 +464,8 @@ def main():
                                 last_output=lambda args: budget_and_files(args)[1][-1])
     if args.plot and (args.score or args.dry_run):
         raise UserError("--plot draws a search: leave out --score and --dry-run")
-    (kind, paths), root = budget_and_files(args), os.path.splitext(args.out)[0]
-    cost_key = "macs" if kind == "prune" else kind
+    kind, paths = budget_and_files(args)
+    root, cost_key = os.path.splitext(args.out)[0], "macs" if kind == "prune" else kind
     checkpoint = read_checkpoint(args.supernet, "supernet")
     data = {**checkpoint["data"], "data_dir": args.data_dir or checkpoint["data"]["data_dir"]}
     model = build(checkpoint)
@@ -497,8 +494,7 @@ def main():
     model.to(device, memory_format=torch.channels_last)
     calibration = make_loader(data, "train", args.batch_size, device, args.workers, args.calibrate)
     held_out = make_loader(data, "holdout", args.batch_size, device, args.workers, args.images)
-    count = len(held_out.dataset)
-    if count < 200:
+    if (count := len(held_out.dataset)) < 200:
         print(f"only {count} held-out images: one of them is {100 / count:.1f} points of top-1")
     trained = checkpoint["flags"]["epochs"] or not checkpoint["flags"]["calibrate"]
     held_out, logits, unpruned_bn = list(held_out), None, None
@@ -574,8 +570,7 @@ def main():
             print(f"of the best {len(refits)}, fitted in turn as by stage 3, number"
                   f" {fitting.index(best) + 1} is the best, with {again['loss']:.4f}")
         print(f"\nprune {len(to_prune(best, blocks))} of {len(blocks)} blocks: {words(best)}")
-        equal = sum(scores[c]["loss"] == scores[best]["loss"] for c in fitting)
-        if equal > 1:
+        if (equal := sum(scores[c]["loss"] == scores[best]["loss"] for c in fitting)) > 1:
             print(f"{equal} subnets have this loss: this one costs least")
         if args.latency and rank_and_world()[0] == 0:
             networks = [merged_on(build(checkpoint), prune, device)

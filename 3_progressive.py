@@ -33,7 +33,6 @@ flag, share = parser.add_argument, at_least(0, float, 1)
 flag("--supernet", default="runs/supernet.pt", metavar="FILE", help="stage 1's checkpoint")
 flag("--subnet", default="runs/subnet.json", metavar="FILE", help="stage 2's spec, or your own")
 flag("--data-dir", metavar="DIR", help="where the images are (None: where stage 1 found them)")
-# training
 flag("--epochs", type=at_least(0), default=6, help="epochs; 0 prunes without training")
 flag("--transition", type=share, metavar="R", help="share of the steps while lam goes from 0 to 1;"
      " 0 prunes directly (None: 0.25, of the fitted form 0.1, with --features 0)")

@@ -168,10 +168,9 @@ def main():
                 rows.append({**fact, "compiled": compiled, "batch": batch, "memory": memory,
                              "seconds": median, "quartiles": [low, high],
                              "images_per_s": batch / median, "speed_up": seconds[1, 1] / median})
-    where = f"cpu, {torch.get_num_threads()} threads"
-    where = torch.cuda.get_device_name(device) if cuda else where
+    chip = torch.cuda.get_device_name(device) if cuda else f"cpu, {torch.get_num_threads()} threads"
     print(f"\n{about['model']} at {about['input_size'][-1]} px, {len(about['prune'])} blocks"
-          f" pruned, on {where}, torch {torch.__version__}\n")
+          f" pruned, on {chip}, torch {torch.__version__}\n")
     header = ("", "params (M)", "MACs (M)", "top-1 (%)", "agree (%)", "batch", "latency (ms)",
               "quartiles", "images/s", "speed-up", *["memory (MB)"] * cuda)
     lines = [
@@ -186,7 +185,7 @@ def main():
     print_table(header, lines)
     if control:
         print("control: the baseline, trained for as long as this subnet")
-    save({"model": about["model"], "prune": about["prune"], "device": where, "control": control,
+    save({"model": about["model"], "prune": about["prune"], "device": chip, "control": control,
           "input_size": about["input_size"], "torch": torch.__version__, "rows": rows}, table)
     print(f"\nwrote {', '.join((*written, table))}")
 

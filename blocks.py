@@ -1,7 +1,7 @@
 """Prunable CNN and ViT blocks, and what the four stages share.
 
 UPDP (Liu et al., AAAI 2024) prunes depth: it replaces whole blocks of a network by smaller ones,
-which merge into one or two layers each. `lam`, the paper's λ, leads from one form to the other:
+which merge into one or two layers each. `lam`, the paper's λ, leads from baseline to pruned form:
 
     lam = 0   timm's own forward, bit for bit
     lam = 1   linear up to its last activation (in a ViT: the MLP half), so that `fuse()` can make
@@ -9,8 +9,8 @@ which merge into one or two layers each. `lam`, the paper's λ, leads from one f
 
 The pruned block comes in two forms, which merge into layers of the same shape:
 
-    reparam   the paper's: the block's own layers, to be composed into one. With lam, activations
-              inside become the identity, LayerNorm becomes BatchNorm, and one is added at the end
+    reparam   the paper's: the block's own layers, composed into one. With lam, activations inside
+              become the identity, LayerNorm BatchNorm, and an activation is inserted at the end
     fitted    new layers of the merged shape, which `fit` solves in closed form; lam blends the
               outputs. For blocks whose own layers cannot be merged, too, and without training
 
@@ -128,10 +128,8 @@ class Prunable:
     reparam_norm = lambda self: None  # or a BatchNorm that takes the place of another norm
     last_act = lambda self: None if self.rung == "skip" else self.end_act
     act_to_insert = lambda self: copy.deepcopy(self.mlp.act) if hasattr(self, "mlp") else None
-
-    def ladder(self):
-        """Names of the rungs, the most expensive first."""
-        return ["linear", "skip"]
+    ladder = lambda self: ["linear", "skip"]  # names of the rungs, the most expensive first
+    linear_inputs = lambda self, x: pixel_rows(x)  # what the layers that `fit` solves work on
 
     def forward(self, x, **attn_args):
         if self.lam == 0:
@@ -154,10 +152,6 @@ class Prunable:
         y, act = skip + branch, self.last_act()  # timm's own, or an inserted one, which fades in
         return y if act is None else fade(act, y, 1 - lam if act is self.end_act else 0)
 
-    def linear_inputs(self, x):
-        """What the linear layers that `fit` solves work on, as rows."""
-        return pixel_rows(x)
-
     def solve_rung(self, rung, mean, gram, cross, bias, ridge):
         """Solves a rung's layers, for linear_inputs of this mean (d,) and covariance `gram` (d, d),
         and wanted outputs of mean `bias` (O,) and covariance `cross` (d, O) with them."""
@@ -174,8 +168,7 @@ class Prunable:
             return self.merged()
         if self.lam != 0:
             raise ValueError(f"a block in transition, at lam = {self.lam:g}, has no exact merge")
-        for name in ("fitted", "end_act", "norm_bn", "lam", "rungs", "rung"):
-            delattr(self, name)
+        del self.fitted, self.end_act, self.norm_bn, self.lam, self.rungs, self.rung
         self.__class__ = self.timm_class
         return self
 
@@ -408,8 +401,7 @@ def make_prunable(model, form="reparam", end_act=None, attention=False):
         for family in FAMILIES:
             if type(module) is family.timm_class and not family.why_not_prunable(module):
                 convert(module, family)
-    blocks = prunable_blocks(model)
-    if not blocks:
+    if not (blocks := prunable_blocks(model)):
         kinds = sorted({type(module).__name__ for module in model.modules()})
         kinds = ", ".join(kind for kind in kinds if "Block" in kind or "Bottleneck" in kind)
         why = listed(not_prunable(model)) or kinds and f"; it is made of {kinds}"
@@ -975,8 +967,7 @@ def separate(gram, cross, channels, ridge, rounds=3):
 
 def create_model(name, model_args, pretrained=False):
     """timm.create_model, with UserErrors. model_args are a checkpoint's: they may name no files."""
-    bad = [key for key in model_args if "pretrained" in key or "checkpoint" in key]
-    if bad:
+    if bad := [key for key in model_args if "pretrained" in key or "checkpoint" in key]:
         raise UserError(f"{', '.join(bad)} among the arguments of a model: it may load no files")
     try:
         return timm.create_model(name, pretrained, **model_args)
@@ -1166,6 +1157,8 @@ def spare_weights(args, stage1_flags, model, prune=()):
 def training_flags(parser, warmup):
     """Declares how stages 1 and 3 train; `train` reads it."""
     flag, positive, share = parser.add_argument, at_least(0, float), at_least(0, float, 1)
+    flag("--calibrate", type=at_least(0), default=4096, metavar="N",
+         help="training images to fit the pruned forms on; 0: each starts as its skip alone")
     flag("--batch-size", type=at_least(2), default=64, help="images per step and process")
     flag("--lr", type=positive, help="peak learning rate, which falls to 0 by a cosine (None: 1e-3,"
          " or 1e-4 where stage 1 took weights)")
@@ -1179,8 +1172,6 @@ def training_flags(parser, warmup):
     flag("--smoothing", type=share, default=0.0, help="label smoothing, e.g. 0.1")
     flag("--aa", metavar="POLICY", help="augmentation in timm's notation: rand-m9-mstd0.5-inc1")
     flag("--reprob", type=share, default=0.0, help="probability of random erasing, e.g. 0.25")
-    flag("--calibrate", type=at_least(0), default=4096, metavar="N",
-         help="training images to fit the pruned forms on; 0: each starts as its skip alone")
     flag("--amp", action="store_true", help="mixed precision (bfloat16)")
     flag("--compile", action="store_true", help="torch.compile: slow to start, faster later")
 
@@ -1375,8 +1366,6 @@ def open_dataset(data, part):
                         ) from error
     if isinstance(dataset, torch.utils.data.IterableDataset):
         raise UserError(f"{name} is a stream, of which no part can be held back: use another")
-    if len(dataset) == 0:
-        raise UserError(f"no images in {name or root}")
     return dataset
 
 
