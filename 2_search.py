@@ -398,8 +398,8 @@ def search(score, budget, population, generations, seed, cost_key="macs", scores
         parents = list(filter(fits, ranked(scores, cost_key)))[:max(2, population // 4)]
         if exact:
             fresh = set(everything[population * generation:][:population]) - scores.keys()
-        for _ in range(0 if exact else 20 * population):  # few are new where the space is small
-            if len(fresh) == population:
+        for _ in range(0 if exact else 40 * population):  # few are new where the space is small
+            if len(fresh) == 8 * population:
                 break
             child = [0] * len(sizes)
             if len(parents) > 1 and rng.random() > 0.1:
@@ -410,6 +410,10 @@ def search(score, budget, population, generations, seed, cost_key="macs", scores
             child = repair(child, rng, loss_alone)
             if child not in scores:
                 fresh.add(child)
+        if not exact:  # what promises most, by the losses of its genes alone, and a few at random
+            fresh = sorted(fresh, key=lambda c: (sum(map(list.__getitem__, loss_alone, c)), c))
+            few = min(population // 4, len(fresh[population:]))
+            fresh = fresh[:population - few] + rng.sample(fresh[population - few:], few)
         # Sorted, those with the same first blocks are neighbours
         fresh, name = sorted(fresh), f"generation {generation + 1}/{generations}"
         rounds = generations - generation if generation == first else 0

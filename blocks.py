@@ -1292,7 +1292,8 @@ def read_image(dataset, index):
         return image.convert("RGB"), int(label)
     except Exception as error:  # Pillow raises many kinds
         name = reader.filename(index, absolute=True) if reader else f"number {index}"
-        raise UserError(f"cannot read image {name} ({type(error).__name__}): remove it") from error
+        kind = type(error).__name__
+        raise UserError(f"cannot read image {name} ({kind}): repair or remove it") from error
 
 
 class Images(torch.utils.data.Dataset):
