@@ -62,7 +62,7 @@ run_flags(parser)
 flag("--plot", action="store_true", help="draw the search, too (pip install matplotlib)")
 flag("--out", default="runs/subnet.json", metavar="FILE", help="the subnet spec")
 
-REFITS = 8  # subnets of an untrained supernet that are fitted in turn before one is picked
+REFITS = 16  # subnets of an untrained supernet that are fitted in turn before one is picked
 
 
 # ---- what a subnet costs -------------------------------------------------------------------------

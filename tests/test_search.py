@@ -142,6 +142,22 @@ def test_a_block_that_breaks_the_network_is_left_alone():
     assert not exact and not any(c[0] for c in scores if scores[c]["generation"] == 1)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_children_are_screened_by_what_their_genes_do_alone(seed):
+    """Where losses add up, the first eight of 924 subnets are the best six and two others."""
+    names = {f"{i}": ("dense",) for i in range(12)}
+    budget = search_script.make_budget("prune", 6, names, WHOLE, WHOLE, None)
+
+    def score(candidate):
+        return {"loss": 20.0 + sum(i * c for i, c in enumerate(candidate)), "macs": 0, "top1": 0}
+
+    scores, exact = search_script.search(score, budget, 8, 1, seed)
+    losses = sorted(score(candidate)["loss"] for candidate in budget[3]())
+    first = sorted(s["loss"] for s in scores.values() if s["generation"] == 1)
+    assert not exact and len(losses) == 924 and len(first) == 8
+    assert first[:6] == losses[:6] and first[6:] != losses[6:8]
+
+
 def test_a_search_goes_on_from_every_state_that_it_kept():
     """With the same scores, and without falling back to an earlier state."""
     budget = budget_of("prune", 3)
