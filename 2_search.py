@@ -411,7 +411,8 @@ def search(score, budget, population, generations, seed, cost_key="macs", scores
             if child not in scores:
                 fresh.add(child)
         if not exact:  # what promises most, by the losses of its genes alone, and a few at random
-            fresh = sorted(fresh, key=lambda c: (sum(map(list.__getitem__, loss_alone, c)), c))
+            promise = {c: sum(row[gene] for row, gene in zip(loss_alone, c)) for c in fresh}
+            fresh = sorted(fresh, key=lambda c: (promise[c], c))
             few = min(population // 4, len(fresh[population:]))
             fresh = fresh[:population - few] + rng.sample(fresh[population - few:], few)
         # Sorted, those with the same first blocks are neighbours

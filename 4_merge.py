@@ -141,7 +141,8 @@ def main():
           lambda images: merged(images.float()).double(), val, 1e-4, rounding)
 
     # What travels with the network says nothing of this machine
-    about = {key: {**data, **checkpoint, "stage": "merged"}[key] for key in (
+    known = {**data, **checkpoint, "stage": "merged"}
+    about = {key: known[key] for key in (
         "input_size", "mean", "std", "interpolation", "crop_pct", "classes", "model", "model_args",
         "prune", "form", "end_act", "attention", "stage")}
     write(args, onnx, merged.cpu(), about, [(x.cpu(), y.cpu()) for x, y in val_512], rounding)

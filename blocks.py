@@ -1367,6 +1367,8 @@ def open_dataset(data, part):
                         ) from error
     if isinstance(dataset, torch.utils.data.IterableDataset):
         raise UserError(f"{name} is a stream, of which no part can be held back: use another")
+    if len(dataset) == 0:
+        raise UserError(f"no images in {name or root}")
     return dataset
 
 

@@ -70,9 +70,9 @@ flag("--transitions", type=float, nargs="+", help="of the reparam form")
 flag("--tune-seed", type=int, default=9)
 sizes_help = (
     "sizes for all rows (None: two thirds for the last two of the default rows and for the"
-    " ablations, all three for the others)"
+    " ablations, all three for the others); 1.5: half"
 )
-flag("--thirds", type=float, nargs="+", help=f"{sizes_help}; 1.5: half of the blocks")
+flag("--thirds", type=float, nargs="+", choices=(1, 1.5, 2, 3), help=sizes_help)
 flag("--latency-batch", type=int, default=16)
 flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
