@@ -58,11 +58,15 @@ def whole_blocks(checkpoint, path, share):
     for _, name, saved in sorted(alone):
         if left > share * full:
             prune[name], left = "skip", left - saved
+    if left > share * full:
+        sys.exit(f"error: without its whole blocks {left / full:.2f} of the latency are left")
     return prune
 
 
 def main():
     args, more = parser.parse_known_args()
+    if len(args.latency) < 2:  # stage 2 names its files otherwise for one
+        parser.error("--latency needs two budgets or more")
 
     def path(*words):
         return os.path.join(args.out, "-".join(map(str, words)).replace(", ", "-"))
