@@ -78,7 +78,9 @@ flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def stage(script, *flags):
-    subprocess.run([sys.executable, os.path.join(ROOT, script), *map(str, flags)], check=True)
+    command = [sys.executable, os.path.join(ROOT, script), *map(str, flags)]
+    if status := subprocess.run(command).returncode:
+        sys.exit(status)  # the stage itself has said why
 
 
 def spread(values):
