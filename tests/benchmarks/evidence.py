@@ -79,7 +79,10 @@ flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 def stage(script, *flags):
     command = [sys.executable, os.path.join(ROOT, script), *map(str, flags)]
-    if status := subprocess.run(command).returncode:
+    status = subprocess.run(command).returncode
+    if status < 0:
+        sys.exit(f"error: {script} was killed by signal {-status} (9: maybe memory ran out)")
+    if status:
         sys.exit(status)  # the stage itself has said why
 
 
