@@ -22,8 +22,8 @@ import torch
 from evidence import spread, stage
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
-from blocks import build, latencies, merge, print_table, prunable_blocks  # noqa: E402
-from blocks import read_checkpoint, read_subnet, save  # noqa: E402
+from blocks import UserError, at_least, build, latencies, merge, print_table  # noqa: E402
+from blocks import prunable_blocks, read_checkpoint, read_subnet, run, save  # noqa: E402
 
 WAYS = {  # which blocks, and the epochs of stage 3 (None: --epochs)
     "fitted": ("ladder", 0),
@@ -36,10 +36,11 @@ parser = argparse.ArgumentParser(
 )
 flag = parser.add_argument
 flag("--out", default="runs/fronts", help="folder for all files")
-flag("--seeds", type=int, nargs="+", default=[0])
-flag("--latency", type=float, nargs="+", default=[0.9, 0.83, 0.77, 0.71], help="two or more")
+flag("--seeds", type=at_least(0), nargs="+", default=[0])
+budgets = {"nargs": "+", "default": [0.9, 0.83, 0.77, 0.71]}
+flag("--latency", type=at_least(0, float, 1), **budgets, help="two or more")
 flag("--ways", nargs="+", choices=WAYS, default=list(WAYS)[:2])
-flag("--epochs", type=int, default=16, help="of the repair")
+flag("--epochs", type=at_least(0), default=16, help="of the repair")
 flag("--speed", action="store_true", help="time the first seed's networks (on a quiet machine)")
 
 
@@ -59,7 +60,7 @@ def whole_blocks(checkpoint, path, share):
         if left > share * full:
             prune[name], left = "skip", left - saved
     if left > share * full:
-        sys.exit(f"error: without its whole blocks {left / full:.2f} of the latency are left")
+        raise UserError(f"without its whole blocks {left / full:.2f} of the latency are left")
     return prune
 
 
@@ -71,7 +72,7 @@ def main():
     def path(*words):
         return os.path.join(args.out, "-".join(map(str, words)).replace(", ", "-"))
 
-    def run(script, *flags, out):
+    def once(script, *flags, out):
         if not all(map(os.path.exists, out)):
             print(f"\n{script}: {' '.join(out)}", flush=True)
             stage(script, *flags, "--resume")
@@ -80,12 +81,12 @@ def main():
     for seed in args.seeds:
         supernet, found = path("supernet", f"{seed}.pt"), path("found", seed)
         flags = ["--seed", seed, "--out", supernet]
-        run("1_supernet.py", *more, "--epochs", 0, *flags, out=[supernet])
+        once("1_supernet.py", *more, "--epochs", 0, *flags, out=[supernet])
         checkpoint = read_checkpoint(supernet, "supernet")
         inputs = ["--supernet", supernet, "--seed", seed]
         specs = {share: f"{found}-{share:g}.json" for share in args.latency}
         flags = ["--latency", *specs, "--latency-batch", 1, "--out", f"{found}.json"]
-        run("2_search.py", *inputs, *flags, out=specs.values())
+        once("2_search.py", *inputs, *flags, out=specs.values())
         for share, way in itertools.product(specs, args.ways):
             kind, epochs = WAYS[way]
             spec, out = specs[share], path(f"{share:g}", way, f"{seed}.pt")
@@ -95,7 +96,7 @@ def main():
                 spec = path("skip", seed, f"{share:g}.json")
                 save({"format": 1, "model": checkpoint["model"], "prune": prune}, spec)
             flags = ["--epochs", args.epochs if epochs is None else epochs, "--out", out]
-            run("3_progressive.py", *inputs, "--subnet", spec, *flags, out=[out])
+            once("3_progressive.py", *inputs, "--subnet", spec, *flags, out=[out])
             result = read_checkpoint(out, "subnet")["subnet"]
             numbers = {key: result[key] for key in ("top1", "agreement", "kl")}
             about = {"seed": seed, "unpruned": checkpoint["baseline"]["top1"], "latency": share}
@@ -125,4 +126,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
