@@ -26,11 +26,14 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 from blocks import UserError, at_least, build, latencies, merge, print_table  # noqa: E402
 from blocks import prunable_blocks, read_checkpoint, read_subnet, run, save  # noqa: E402
 
-WAYS = {  # which blocks, and the epochs of stage 3 (None: --epochs)
-    "fitted": ("ladder", 0),
-    "repaired": ("ladder", None),
-    "skip": ("skip", 0),
-    "skip, repaired": ("skip", None),
+REPAIR, HOUR = ["--epochs", 16], ["--epochs", 48, "--mixup", 1, "--cutmix", 1, "--amp"]
+WAYS = {  # which blocks, and flags of stage 3
+    "fitted": ("ladder", ["--epochs", 0]),
+    "repaired": ("ladder", REPAIR),
+    "an hour": ("ladder", HOUR),
+    "skip": ("skip", ["--epochs", 0]),
+    "skip, repaired": ("skip", REPAIR),
+    "skip, an hour": ("skip", HOUR),
 }
 parser = argparse.ArgumentParser(
     formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
@@ -41,7 +44,6 @@ flag("--seeds", type=at_least(0), nargs="+", default=[0])
 budgets = {"nargs": "+", "default": [0.9, 0.83, 0.77, 0.71]}
 flag("--latency", type=at_least(0, float, 1), **budgets, help="two or more")
 flag("--ways", nargs="+", choices=WAYS, default=list(WAYS)[:2])
-flag("--epochs", type=at_least(0), default=16, help="of the repair")
 flag("--speed", action="store_true", help="time the first seed's networks (on a quiet machine)")
 
 
@@ -74,7 +76,7 @@ def main():
         parser.error("--latency needs two budgets or more")
 
     def path(*words):
-        return os.path.join(args.out, "-".join(map(str, words)).replace(", ", "-"))
+        return os.path.join(args.out, "-".join(map(str, words)).replace(",", "").replace(" ", "-"))
 
     def once(script, *flags, out):
         if not all(map(os.path.exists, out)):
@@ -92,15 +94,14 @@ def main():
         flags = ["--latency", *specs, "--latency-batch", 1, "--out", f"{found}.json"]
         once("2_search.py", *inputs, *flags, out=specs.values())
         for share, way in itertools.product(specs, args.ways):
-            kind, epochs = WAYS[way]
+            kind, flags = WAYS[way]
             spec, out = specs[share], path(f"{share:g}", way, f"{seed}.pt")
             prune = read_subnet(spec)["prune"]
             if kind == "skip":
                 prune = whole_blocks(checkpoint, f"{found}.search.csv", share)
                 spec = path("skip", seed, f"{share:g}.json")
                 save({"format": 1, "model": checkpoint["model"], "prune": prune}, spec)
-            flags = ["--epochs", args.epochs if epochs is None else epochs, "--out", out]
-            once("3_progressive.py", *inputs, "--subnet", spec, *flags, out=[out])
+            once("3_progressive.py", *inputs, "--subnet", spec, *flags, "--out", out, out=[out])
             result = read_checkpoint(out, "subnet")["subnet"]
             numbers = {key: result[key] for key in ("top1", "agreement", "kl")}
             about = {"seed": seed, "unpruned": checkpoint["baseline"]["top1"], "latency": share}
