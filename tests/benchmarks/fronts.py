@@ -14,8 +14,8 @@ table; --out/fronts.csv has each run.
 
 import argparse
 import csv
+import importlib
 import itertools
-import math
 import os
 import sys
 
@@ -26,13 +26,14 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 from blocks import UserError, at_least, build, latencies, merge, print_table  # noqa: E402
 from blocks import prunable_blocks, read_checkpoint, read_subnet, run, save  # noqa: E402
 
-REPAIR, HOUR = ["--epochs", 16], ["--epochs", 48, "--mixup", 1, "--cutmix", 1, "--amp"]
-WAYS = {  # which blocks, and flags of stage 3
+stage2 = importlib.import_module("2_search")
+HOUR = ["--epochs", 48, "--mixup", 1, "--cutmix", 1, "--amp"]
+WAYS = {  # which blocks, and flags of stage 3, of which the last --epochs counts
     "fitted": ("ladder", ["--epochs", 0]),
-    "repaired": ("ladder", REPAIR),
+    "repaired": ("ladder", []),
     "an hour": ("ladder", HOUR),
     "skip": ("skip", ["--epochs", 0]),
-    "skip, repaired": ("skip", REPAIR),
+    "skip, repaired": ("skip", []),
     "skip, an hour": ("skip", HOUR),
 }
 parser = argparse.ArgumentParser(
@@ -44,6 +45,7 @@ flag("--seeds", type=at_least(0), nargs="+", default=[0])
 budgets = {"nargs": "+", "default": [0.9, 0.83, 0.77, 0.71]}
 flag("--latency", type=at_least(0, float, 1), **budgets, help="two or more")
 flag("--ways", nargs="+", choices=WAYS, default=list(WAYS)[:2])
+flag("--epochs", type=at_least(0), default=16, help="of the repair")
 flag("--speed", action="store_true", help="time the first seed's networks (on a quiet machine)")
 
 
@@ -53,21 +55,20 @@ def whole_blocks(checkpoint, path, share):
     with open(path) as file:
         rows = list(csv.DictReader(file))
     full = next(float(row["latency"]) for row in rows if not row["prune"])
-    blocks, sets = prunable_blocks(build(checkpoint)), [(0.0, full, {})]  # loss, what is left
+    blocks, sets = prunable_blocks(build(checkpoint)), {(): {"loss": 0.0, "latency": full}}
     for row in rows:
         name, _, rung = row["prune"].partition(":")
         if row["generation"] == "0" and name and (rung or blocks[name].rungs[0]) == "skip":
-            loss, saved = float(row["loss"]), full - float(row["latency"])
-            sets += [(a + loss, left - saved, {**these, name: "skip"}) for a, left, these in sets]
-            ordered, sets, fastest = sorted(sets, key=lambda each: each[:2]), [], math.inf
-            for each in ordered:  # what costs more than another set has to be faster
-                if each[1] < fastest:
-                    sets.append(each)
-                    fastest = each[1]
-    good = [each for each in sets if each[1] <= share * full]
-    if not good:
-        raise UserError(f"without whole blocks {sets[-1][1] / full:.2f} of the latency are left")
-    return good[0][2]
+            loss, more = float(row["loss"]), float(row["latency"]) - full
+            for names, of in list(sets.items()):
+                of = {"loss": of["loss"] + loss, "latency": of["latency"] + more}
+                sets[(*names, name)] = of
+            # What costs the answers more than another set, and is no faster, is no use
+            sets = {names: sets[names] for names in stage2.pareto(sets, "latency")}
+    for names, of in sets.items():  # the best first, the fastest last
+        if of["latency"] <= share * full:
+            return dict.fromkeys(names, "skip")
+    raise UserError(f"without whole blocks {of['latency'] / full:.2f} of the latency are left")
 
 
 def main():
@@ -101,7 +102,8 @@ def main():
                 prune = whole_blocks(checkpoint, f"{found}.search.csv", share)
                 spec = path("skip", seed, f"{share:g}.json")
                 save({"format": 1, "model": checkpoint["model"], "prune": prune}, spec)
-            once("3_progressive.py", *inputs, "--subnet", spec, *flags, "--out", out, out=[out])
+            flags = ["--subnet", spec, "--epochs", args.epochs, *flags, "--out", out]
+            once("3_progressive.py", *inputs, *flags, out=[out])
             result = read_checkpoint(out, "subnet")["subnet"]
             numbers = {key: result[key] for key in ("top1", "agreement", "kl")}
             about = {"seed": seed, "unpruned": checkpoint["baseline"]["top1"], "latency": share}
