@@ -34,7 +34,7 @@ flag("--batch-size", type=at_least(1), nargs="+", default=[16], help="images tha
 flag("--compile", action="store_true", help="time the networks with torch.compile, too")
 run_flags(parser, resume=False)
 flag("--out", default="runs/merged.pt", metavar="FILE",
-     help="the merged network; the export is FILE2, the ONNX file has .onnx instead of the ending")
+     help="the merged network; its exports end in .pt2 and .onnx, the table in .json, instead")
 
 
 @torch.no_grad()
@@ -57,8 +57,8 @@ def check(names, ours, theirs, batches, bound, rounding=0.0):
 
 
 @torch.no_grad()
-def write(args, onnx, merged, about, batches, rounding):
-    """Writes --out and its exports, after these were checked on `batches`, as `check` says."""
+def write(args, paths, merged, about, batches, rounding):
+    """Writes the network and its exports, once they were checked on `batches`, as `check` says."""
     network = merged.requires_grad_(False)  # a deployment does not train
     outside, mean, std = about, 0, 1  # exports take images * std + mean
     if args.fold_normalization:
@@ -74,25 +74,24 @@ def write(args, onnx, merged, about, batches, rounding):
 
     with contextlib.ExitStack() as stack:
         # All are written, then all take their places: a kill hardly ever leaves two networks
-        pt, pt2, onnx_file = (path and stack.enter_context(atomic_write(path))
-                              for path in (args.out, args.out + "2", onnx))
+        pt, pt2, onnx = (path and stack.enter_context(atomic_write(path)) for path in paths)
         torch.export.save(export, pt2, extra_files={"about.json": outside})
         program = torch.export.load(pt2).module()
-        check(f"{args.out}2 against merged", merged, lambda x: program(x * std + mean), batches,
+        check(f"{paths[1]} against merged", merged, lambda x: program(x * std + mean), batches,
               1e-4, rounding)
         if onnx:
             export = torch.onnx.export(export, dynamo=True, input_names=["images"],
                                        output_names=["logits"], verbose=False)
             export.model.metadata_props["about"] = outside
-            export.save(onnx_file)
+            export.save(onnx)
         if onnx and importlib.util.find_spec("onnxruntime"):
             import onnxruntime
-            session = onnxruntime.InferenceSession(onnx_file, providers=["CPUExecutionProvider"])
-            check(f"{onnx} against merged", merged, lambda x: torch.from_numpy(
+            session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
+            check(f"{paths[2]} against merged", merged, lambda x: torch.from_numpy(
                 session.run(None, {"images": (x * std + mean).numpy()})[0]), batches, 1e-4,
                 rounding)
         elif onnx:
-            print(f"{onnx} was not checked: pip install onnxruntime")
+            print(f"{paths[2]} was not checked: pip install onnxruntime")
         save({**about, "state_dict": merged.state_dict()}, pt)
 
 
@@ -111,16 +110,16 @@ def main():
     cuda = device.type == "cuda"
     if args.onnx and not all(map(importlib.util.find_spec, ("onnx", "onnxscript"))):
         raise UserError("--onnx needs more packages: pip install onnx onnxscript")
-    onnx = os.path.splitext(args.out)[0] + ".onnx" if args.onnx else None
-    table = os.path.splitext(args.out)[0] + ".json"
-    written = [path for path in (args.out, args.out + "2", onnx) if path]
+    stem, _ = os.path.splitext(args.out)
+    paths, table = (args.out, stem + ".pt2", args.onnx and stem + ".onnx"), stem + ".json"
+    written = list(filter(None, paths))
     if len({*map(os.path.realpath, (args.subnet, table, *written))}) < 2 + len(written):
         raise UserError("--subnet, --out and what is written beside it must be different files")
     checkpoint = read_checkpoint(args.subnet, "subnet", "merged")
     if checkpoint["stage"] == "merged":  # and trained further: there is nothing to merge or compare
         about = {key: value for key, value in checkpoint.items() if key != "state_dict"}
         images = torch.randn(64, *about["input_size"]).split(16)
-        write(args, onnx, build(checkpoint), about, [(batch, None) for batch in images], 0.0)
+        write(args, paths, build(checkpoint), about, [(batch, None) for batch in images], 0.0)
         print(f"wrote {', '.join(written)}")
         return
     data = {**checkpoint["data"], "data_dir": args.data_dir or checkpoint["data"]["data_dir"]}
@@ -145,7 +144,7 @@ def main():
     about = {key: known[key] for key in (
         "input_size", "mean", "std", "interpolation", "crop_pct", "classes", "model", "model_args",
         "prune", "form", "end_act", "attention", "stage")}
-    write(args, onnx, merged.cpu(), about, [(x.cpu(), y.cpu()) for x, y in val_512], rounding)
+    write(args, paths, merged.cpu(), about, [(x.cpu(), y.cpu()) for x, y in val_512], rounding)
 
     # What it costs and what it is worth: the file as a user opens it
     torch.backends.cudnn.allow_tf32 = tf32

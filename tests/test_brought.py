@@ -171,10 +171,10 @@ def test_a_merged_network_that_was_trained_further(own_runs, capsys):
     with torch.no_grad():
         network.fc.bias += 1
     torch.save({**checkpoint, "state_dict": network.state_dict()}, "further.pt")
-    assert stage("4_merge.py --subnet further.pt --out new/merged.pt") is None
-    assert sorted(os.listdir("new")) == ["merged.pt", "merged.pt2"]
+    assert stage("4_merge.py --subnet further.pt --out new/merged.pth") is None
+    assert sorted(os.listdir("new")) == ["merged.pt2", "merged.pth"]
     images = torch.randn(3, *checkpoint["input_size"])
-    again, about = load("new/merged.pt")
+    again, about = load("new/merged.pth")
     assert about["prune"] == checkpoint["prune"]
     files = {"about.json": ""}
     program = torch.export.load("new/merged.pt2", extra_files=files).module()
