@@ -47,7 +47,8 @@ flag("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="k=v",
 flag("--pretrained", action="store_true", help="start from timm's weights (downloads them)")
 flag("--checkpoint", metavar="FILE", help="start from weights in timm's keys (.pth, .safetensors)")
 flag("--form", default="reparam", choices=("reparam", "fitted"), help="of pruned blocks: reparam,"
-     " the paper's, merges their own layers, fitted has new ones, solved in closed form")
+     " the paper's, merges their own layers, fitted (if --epochs is 0: always) has new ones, solved"
+     " in closed form")
 flag("--attention", action="store_true", help="let attention be pruned, too, as blocks of its own")
 # images
 flag("--data-dir", metavar="DIR",
@@ -176,7 +177,7 @@ def describe_images(args):
     train, val = open_dataset(data, "train"), open_dataset(data, "val")
     told, numbers = args.model_kwargs.get("num_classes", 0), {}
     if len(data["answers"]) == 2:  # no labels at all
-        told = told or create_model(args.model, args.model_kwargs).num_classes
+        told = told or len(names) or create_model(args.model, args.model_kwargs).num_classes
     else:  # torchvision's ImageNet has several names for each class
         source = val if "train" in data["answers"] else train
         source = getattr(source, "reader", source)
@@ -205,8 +206,10 @@ def describe_images(args):
             held.append(i)
     if not held:
         raise UserError("no class has two training images: none can be held back for the search")
-    return {**data, "classes": classes, "train_images": len(train),
-            "fingerprint": fingerprint(train), "holdout": torch.tensor(held).sort().values}
+    data = {**data, "classes": classes, "train_images": len(train),
+            "holdout": torch.tensor(held).sort().values}
+    val = open_dataset(data, "val")  # with classes, as later stages open it
+    return {**data, "fingerprint": {"train": fingerprint(train), "val": fingerprint(val)}}
 
 
 def make_baseline(args, data):
@@ -231,20 +234,20 @@ def make_baseline(args, data):
     fits = args.pretrained and len(data["classes"]) == model.pretrained_cfg["num_classes"]
     if args.checkpoint:
         fits = load_weights(model, args)
-    native = timm.data.resolve_model_data_config(model)
-    size = to_2tuple(size or native["input_size"][1:])
-    if not (args.checkpoint or args.pretrained) and max(size) < 128:
-        native["crop_pct"] = 1.0  # CIFAR's images show little beside their object
-    for key in ("mean", "std", "interpolation", "crop_pct"):
-        data[key] = getattr(args, key) or native[key]
+    data.update(timm.data.resolve_model_data_config(model, vars(args)))  # flags before the model's
+    size = to_2tuple(size or data["input_size"][1:])
+    if not (args.checkpoint or args.pretrained or args.crop_pct) and max(size) < 128:
+        data["crop_pct"] = 1.0  # CIFAR's images show little beside their object
     data.update(input_size=[3, *size], scale=[0.8, 1.0] if max(size) < 128 else [0.08, 1.0])
     numbers = {key: " ".join(f"{x:.3g}" for x in data[key]) for key in ("mean", "std")}
-    print(f"images: {size[0]}x{size[1]} px, {data['crop_pct']:g} of a val image, by"
-          f" {data['interpolation']}; mean {numbers['mean']}, std {numbers['std']}")
+    print(f"images: {size[0]}x{size[1]} px, {data['crop_pct']:g} of a val image"
+          f" ({data['crop_mode']}), by {data['interpolation']}; mean {numbers['mean']}, std"
+          f" {numbers['std']}")
     check_finite(model, args.checkpoint or args.model)
     try:
-        logits = copy.deepcopy(model).to("meta").eval()(torch.empty(1, 3, *size, device="meta"))
-        assert getattr(logits, "shape", 0) == (1, len(data["classes"])), "it gives no logits"
+        network, x = copy.deepcopy(model).to("meta").eval(), torch.empty(1, 3, *size, device="meta")
+        assert getattr(network(x), "shape", 0) == (1, len(data["classes"])), "it gives no logits"
+        assert torch.is_tensor(network.forward_features(x)), "its features are not one tensor"
     except (RuntimeError, AssertionError, AttributeError) as error:
         raise UserError(f"{args.model} does not classify RGB images of {size[0]}x{size[1]} px:"
                         f" {str(error).splitlines()[0]}") from error
@@ -275,11 +278,10 @@ def load_weights(model, args):
                and (key not in state or state[key].shape != wanted[key].shape)]
         model.load_state_dict({**state, **{key: wanted[key] for key in new}})
     except Exception as error:  # torch.load raises many kinds
-        state = state if isinstance(state, dict) else {}
         odd, missing = (", ".join(sorted(map(str, keys))[:3]) or "nothing" for keys in (
             state.keys() - wanted.keys(), wanted.keys() - state.keys()))
         why = f"It lacks: {missing}; not known: {odd}"
-        if any(".main." in key for key in state):
+        if any(".main." in str(key) for key in state):
             why = "It is a merged network, which is not pruned again"
         elif not state or odd == missing:
             why = repr(error)
@@ -307,10 +309,8 @@ def sandwich(model, blocks, loader, epochs, args, teacher=None):
                 soft = outputs_of(teacher, images, args.amp)[1].softmax(-1)
             loss = (loss + F.cross_entropy(logits, soft)) / 2
         loss.backward()
-        subnets = [blocks] if blocks else []
-        for _ in range(2 if len(blocks) > 1 else 0):
-            subnets.append(rng.sample(blocks, rng.randint(1, len(blocks) - 1)))
-        for prune in subnets:
+        sizes = (rng.randint(1, len(blocks) - 1) for _ in range(2 if len(blocks) > 1 else 0))
+        for prune in ([blocks] if blocks else []) + [rng.sample(blocks, size) for size in sizes]:
             set_subnet(model, prune)
             F.cross_entropy(outputs_of(model, images, args.amp)[1], soft).backward()
         return loss, {}
@@ -349,8 +349,6 @@ def main():
     epochs = args.baseline_epochs if args.baseline_epochs is not None else 0 if trained else 10
     print(f"{args.model}, {len(data['classes'])} classes, {data['train_images']} training images,"
           f" {len(data['holdout'])} of them held back")
-    if state:
-        print(f"going on after epoch {state['epoch']}")
     if state and state.get("baseline"):
         baseline, baseline_weights = state["baseline"], state["baseline_state_dict"]
         model.load_state_dict(baseline_weights)

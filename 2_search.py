@@ -16,13 +16,13 @@ unpruned network's, and there the best few are fitted in turn and scored again.
 import argparse
 import contextlib
 import functools
+import glob
 import itertools
 import json
 import math
 import os
 import platform
 import random
-import shutil
 import statistics
 import time
 
@@ -55,7 +55,8 @@ flag("--latency-batch", type=at_least(1), default=16, metavar="B", help="images 
 # search
 flag("--population", type=at_least(2), default=16, help="candidates per generation")
 flag("--generations", type=at_least(1), default=6, help="generations")
-flag("--calibrate", type=at_least(2), default=512, metavar="N", help="images for BN statistics")
+flag("--calibrate", type=at_least(2), default=512, metavar="N",
+     help="images for BN statistics, or, in an untrained supernet, to fit the best few on")
 flag("--images", type=at_least(1), default=2000, metavar="N", help="held-out images to score on")
 flag("--batch-size", type=at_least(2), default=128, help="images per forward pass")
 run_flags(parser)
@@ -73,12 +74,6 @@ REFITS = 16  # subnets of an untrained supernet that are fitted in turn before o
 def to_prune(candidate, blocks):
     """The candidate as set_subnet takes it: {module path: name of its rung}."""
     return {name: rungs[gene - 1] for gene, (name, rungs) in zip(candidate, blocks.items()) if gene}
-
-
-def prune_entry(candidate, blocks):
-    """The same as it stands in a subnet.json: a list where all are of their first rung."""
-    prune = to_prune(candidate, blocks)
-    return prune if max(candidate) > 1 else list(prune)
 
 
 def to_candidate(prune, blocks):
@@ -173,9 +168,8 @@ def measure_blocks(model, blocks, images, count=16, rounds=9):
         lambda values: values[:(len(values) + 1) // 2], lambda values: values[len(values) // 2:])]
     times = {key: statistics.median(values) for key, values in times.items()}
     sums = np.array([sum(times[key] for key in zip(blocks, subnet)) for subnet in subnets])
-    lines = np.stack([sums / totals, 1 / totals], 1)
-    slope, rest = np.linalg.lstsq(lines, np.ones(len(subnets)), rcond=None)[0].tolist()
-    error = np.median(abs(lines @ [slope, rest] - 1)).item()
+    slope, rest = np.polyfit(sums, totals, 1, w=1 / totals).tolist()
+    error = np.median(abs((slope * sums + rest) / totals - 1)).item()
     if not 0.5 < slope < 2 or rest < 0:  # a block's time that is all noise
         error = 1.0
 
@@ -199,7 +193,7 @@ def latency_table(path, checkpoint, model, blocks, images):
             name = next(line.split(": ")[1] for line in file if line.startswith("model name"))
     key = {"model": checkpoint["model"], "model_args": checkpoint["model_args"], "blocks": blocks,
            "input": list(images.shape), "torch": torch.__version__, "device": name,
-           "threads": torch.get_num_threads()}
+           "form": checkpoint["form"], "threads": torch.get_num_threads()}
     if rank_and_world()[0] == 0:
         with contextlib.suppress(OSError, ValueError, AttributeError), open(path) as file:
             table = json.load(file)
@@ -428,14 +422,14 @@ def search(score, budget, population, generations, seed, cost_key="macs", scores
     return scores, exact
 
 
-def plot(scores, front, picks, unpruned, cost_key, blocks, path):
+def plot(scores, front, picks, baseline, cost_key, blocks, path):
     """Draws the loss of all subnets scored against their cost, and the blocks of the front's."""
     from matplotlib.figure import Figure
     figure = Figure((12, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
 
     def points(chosen):
-        return zip(*((scores[c][cost_key] / unpruned[cost_key], scores[c]["loss"]) for c in chosen))
+        return zip(*((scores[c][cost_key] / baseline[cost_key], scores[c]["loss"]) for c in chosen))
 
     left.plot(*points(scores), ".", color="silver", label="scored")
     left.plot(*points(front), "o-", label="best trade-offs")
@@ -478,20 +472,20 @@ def main():
     unpruned, savings = block_savings(build(checkpoint), blocks, data["input_size"])
     images = torch.randn(args.latency_batch, *data["input_size"], device=device)
     images = images.to(memory_format=torch.channels_last)
+    timed = None
     if args.latency:
         path = os.path.join(os.path.dirname(args.out), "latency.json")
-        table = latency_table(path, checkpoint, model, blocks, images)
-        unpruned["latency"] = table["baseline"]
+        timed = state["timed"] if state else latency_table(path, checkpoint, model, blocks, images)
+        unpruned["latency"] = timed["baseline"]
         for name in blocks:
-            for one, seconds in zip(savings[name], table["savings"][name]):
+            for one, seconds in zip(savings[name], timed["savings"][name]):
                 one["latency"] = seconds
     baseline = {**unpruned, **{key: checkpoint["baseline"][key] for key in ("params", "macs")}}
     if args.dry_run:
         print_blocks(blocks, baseline, unpruned, savings)
         return
     values = getattr(args, kind) or [max(1, len(blocks) // 2)]
-    budgets = [] if args.score else [
-        make_budget(kind, value, blocks, baseline, unpruned, savings) for value in values]
+    budgets = [make_budget(kind, value, blocks, baseline, unpruned, savings) for value in values]
     specs = [(path, read_subnet(path, checkpoint["model"])["prune"]) for path in args.score or ()]
     for _, prune in specs:
         set_subnet(model, prune)  # raises for an unknown block or rung
@@ -501,7 +495,7 @@ def main():
     held_out = make_loader(data, "holdout", args.batch_size, device, args.workers, args.images)
     if (count := len(held_out.dataset)) < 200:
         print(f"only {count} held-out images: one of them is {100 / count:.1f} points of top-1")
-    trained = checkpoint["flags"]["epochs"] or not checkpoint["flags"]["calibrate"]
+    trained = checkpoint["flags"]["epochs"] > 0 or not checkpoint["flags"]["calibrate"]
     held_out, logits, unpruned_bn = list(held_out), None, None
     # What pruning changes a few photos tell, but one alone may end as one pixel
     calibration = [images for images, _ in (calibration if trained or count == 1 else held_out)]
@@ -543,7 +537,9 @@ def main():
     def save_subnet(candidate, path, **notes):
         costs = {key: scores[candidate][key] for key in unpruned}
         found = {key: scores[candidate][key] for key in ("loss", "top1", "generation")}
-        save({"format": 1, "model": checkpoint["model"], "prune": prune_entry(candidate, blocks),
+        prune = to_prune(candidate, blocks)
+        save({"format": 1, "model": checkpoint["model"],
+              "prune": prune if max(candidate) > 1 else list(prune),  # all of their first rung
               "model_args": checkpoint["model_args"], "input_size": data["input_size"],
               "baseline": baseline, "merged": costs, "search": {**found, **notes},
               "flags": vars(args)}, path)
@@ -556,7 +552,8 @@ def main():
         save([{"prune": words(c), "blocks": len(to_prune(c, blocks)), **s}
               for c, s in scores.items()], f"{root}.search.csv")
         save({"stage": "unfinished run", "flags": vars(args), "budget": number,
-              "generation": generation, "scores": list(scores.items())}, args.out + ".last")
+              "generation": generation, "scores": list(scores.items()), "timed": timed},
+             args.out + ".last")
 
     first_budget, first, scores = 0, 0, ()
     if state:
@@ -567,15 +564,16 @@ def main():
         scores, exact = search(score, budgets[number], args.population, args.generations,
                                args.seed, cost_key, scores, first, keep)
         fitting, first = list(filter(budgets[number][1], ranked(scores, cost_key))), 0
-        best, notes = fitting[0], {"evaluated": len(scores), "optimum": exact}
+        best, notes = fitting[0], {"evaluated": len(scores), "optimum": exact and trained}
         if not trained:
             refits = [fitted_in_turn(c) for c in progress_bar(fitting[:REFITS], "fit in turn", 1)]
-            best, again = min(zip(fitting, refits), key=lambda pair: pair[1]["loss"])
+            best, again = min(zip(fitting, refits), key=lambda x: min(math.inf, x[1]["loss"]))
             notes["fitted_in_turn"] = again
-            print(f"of the best {len(refits)}, fitted in turn as by stage 3, number"
+            print(f"of the best {len(refits)}, fitted in turn, number"
                   f" {fitting.index(best) + 1} is the best, with {again['loss']:.4f}")
         print(f"\nprune {len(to_prune(best, blocks))} of {len(blocks)} blocks: {words(best)}")
-        if (equal := sum(scores[c]["loss"] == scores[best]["loss"] for c in fitting)) > 1:
+        equal = sum(scores[c]["loss"] == scores[best]["loss"] for c in fitting)
+        if trained and equal > 1:
             print(f"{equal} subnets have this loss: this one costs least")
         if args.latency and rank_and_world()[0] == 0:
             networks = [merged_on(build(checkpoint), prune, device)
@@ -593,13 +591,14 @@ def main():
         print(f"\nwrote {paths[number]}\n")
     front = pareto(scores, cost_key)
     if rank_and_world()[0] == 0:
+        for path in glob.glob(f"{glob.escape(root)}.front/*.json"):
+            os.remove(path)
+        for i, candidate in enumerate(front, 1):
+            save_subnet(candidate, f"{root}.front/{i}.json")
+        if args.plot:
+            picks = [to_candidate(read_subnet(path)["prune"], blocks) for path in paths]
+            plot(scores, front, picks, baseline, cost_key, blocks, f"{root}.search.png")
         finish(args.out)
-        shutil.rmtree(f"{root}.front", ignore_errors=True)
-    for i, candidate in enumerate(front, 1):
-        save_subnet(candidate, f"{root}.front/{i}.json")
-    if args.plot and rank_and_world()[0] == 0:
-        picks = [to_candidate(read_subnet(path)["prune"], blocks) for path in paths]
-        plot(scores, front, picks, unpruned, cost_key, blocks, f"{root}.search.png")
     print(f"best trade-offs of {cost_key} and loss of the {len(scores)} scored, each with its spec"
           f" (3_progressive.py --subnet FILE trains it); all are in {root}.search.csv")
     print_table(header, [row(f"{root}.front/{i}.json", scores[c]) for i, c in enumerate(front, 1)])

@@ -35,8 +35,9 @@ flag("--subnet", default="runs/subnet.json", metavar="FILE", help="stage 2's spe
 flag("--data-dir", metavar="DIR", help="where the images are (None: where stage 1 found them)")
 flag("--epochs", type=at_least(0), default=6, help="epochs; 0 prunes without training")
 flag("--transition", type=share, metavar="R", help="share of the steps while lam goes from 0 to 1;"
-     " 0 prunes directly (None: 0.25, of the fitted form 0.1, with --features 0)")
-flag("--distill", type=share, default=0.5, metavar="W", help="weight of the baseline's soft labels")
+     " 0 prunes directly (None: 0.25, of the fitted form 0.1, or with --features 0)")
+flag("--distill", type=share, default=0.5, metavar="W", help="weight of the baseline's soft labels;"
+     " with --features they are all that is learned of answers")
 flag("--features", action=argparse.BooleanOptionalAction, default=None,
      help="learn the baseline's answers and its features before the pooling, and no labels; BN"
           " statistics stay but in pruned reparam blocks (None: where stage 1 took weights)")
@@ -139,7 +140,8 @@ def main():
     pruned = {name: block for name, block in prunable_blocks(model).items() if block.lam}
     prune = {name: block.rung for name, block in pruned.items()}
     if args.features and not prune:
-        args.epochs = 0  # there is nothing to learn, and Adam makes steps of rounding errors
+        args.epochs = 0  # Adam would make steps of rounding errors
+        print("nothing is pruned, so there is nothing to learn")
     end_act = args.end_act
     if end_act is None:  # without training they only harm
         end_act = args.epochs > 0 and default_end_act(model, form, prune)
@@ -156,11 +158,6 @@ def main():
     if args.features and args.epochs:
         moving = {m for name in prune if name not in fitted for m in pruned[name].modules()}
         still = [m for m in model.modules() if isinstance(m, BatchNorm) and m not in moving]
-        for path, module in model.named_modules():
-            if path in prune:
-                break
-            for weight in module.parameters(recurse=False):
-                weight.requires_grad_(False)
         print(f"learning the baseline's answers and features at a rate of {args.lr:g}; what is in"
               " front of the first pruned block stays, and so do BN statistics")
     if form == "reparam" and fitted:
@@ -169,8 +166,6 @@ def main():
         args.control = not (flags["data_dir"] or flags["dataset"] or args.features)
     test = functools.partial(evaluate, batches=val, split=True, logits=answers(teacher, val))
     log, control = (state["log"], state.get("control")) if state else ([], None)
-    if state:
-        print(f"going on after epoch {state['epoch']} of the {log[-1]['network']}")
     if args.control and args.epochs and not control:
         print("control: the baseline, trained for as long")
         unpruned = copy.deepcopy(teacher)

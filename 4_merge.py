@@ -142,8 +142,8 @@ def main():
     # What travels with the network says nothing of this machine
     known = {**data, **checkpoint, "stage": "merged"}
     about = {key: known[key] for key in (
-        "input_size", "mean", "std", "interpolation", "crop_pct", "classes", "model", "model_args",
-        "prune", "form", "end_act", "attention", "stage")}
+        "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "classes", "model",
+        "model_args", "prune", "form", "end_act", "attention", "stage")}
     write(args, paths, merged.cpu(), about, [(x.cpu(), y.cpu()) for x, y in val_512], rounding)
 
     # What it costs and what it is worth: the file as a user opens it
@@ -169,8 +169,8 @@ def main():
                              "seconds": median, "quartiles": [low, high],
                              "images_per_s": batch / median, "speed_up": seconds[1, 1] / median})
     chip = torch.cuda.get_device_name(device) if cuda else f"cpu, {torch.get_num_threads()} threads"
-    print(f"\n{about['model']} at {about['input_size'][-1]} px, {len(about['prune'])} blocks"
-          f" pruned, on {chip}, torch {torch.__version__}\n")
+    print(f"\n{about['model']} at {'x'.join(map(str, about['input_size'][1:]))} px,"
+          f" {len(about['prune'])} blocks pruned, on {chip}, torch {torch.__version__}\n")
     header = ("", "params (M)", "MACs (M)", "top-1 (%)", "agree (%)", "batch", "latency (ms)",
               "quartiles", "images/s", "speed-up", *["memory (MB)"] * cuda)
     lines = [

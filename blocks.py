@@ -128,7 +128,7 @@ class Prunable:
     reparam_norm = lambda self: None  # or a BatchNorm that takes the place of another norm
     last_act = lambda self: None if self.rung == "skip" else self.end_act
     act_to_insert = lambda self: copy.deepcopy(self.mlp.act) if hasattr(self, "mlp") else None
-    ladder = lambda self: ["linear", "skip"]  # names of the rungs, the most expensive first
+    ladder = lambda self: ["linear"]  # the rungs above "skip", the most expensive first
     linear_inputs = lambda self, x: pixel_rows(x)  # what the layers that `fit` solves work on
 
     def forward(self, x, **attn_args):
@@ -180,8 +180,8 @@ class Prunable:
             act.inplace = False  # its input is the block's
             return act
         layers = fold_norms(self.fitted[self.rung]) if self.rung in self.fitted else self.composed()
-        if len(layers) == 1 and fold_skip(layers[0], skip):
-            skip = None
+        if len(layers) == 1:
+            skip = fold_skip(layers[0], skip)
         return MergedBlock(layers[0] if len(layers) == 1 else nn.Sequential(*layers), skip, act)
 
 
@@ -204,7 +204,7 @@ def is_conv1x1(skip):
 
 
 def fold_skip(layer, skip):
-    """Adds the skip to a linear layer or a conv's centre taps, in place. False if it cannot."""
+    """Adds the skip to a linear layer or a conv's centre taps, in place, or returns it."""
     centre = layer.weight if layer.weight.ndim == 2 else centre_taps(layer.weight, 1)[:, :, 0, 0]
     if isinstance(skip, nn.Identity):
         channels = torch.arange(len(centre), device=centre.device)
@@ -213,9 +213,8 @@ def fold_skip(layer, skip):
         shortcut = fuse_conv_bn_eval(*skip)  # it sees the pixels of the centre tap
         centre += shortcut.weight[:, :, 0, 0]
         layer.bias += shortcut.bias
-    elif skip is not None:
-        return False
-    return True
+    else:
+        return skip
 
 
 def compose(first, second):
@@ -277,6 +276,7 @@ class PrunableConvs(Prunable):
     """Blocks of convs, each with a norm behind it (`convs` names both), that are pruned to convs.
     `self.shape()` is a conv whose stride the new ones have, their channels in and out, and the
     kernel size of a dense one; `self.rank` the channels between the two of "lowrank"."""
+    folded = lambda self: [fuse_conv_bn_eval(conv, bn) for conv, bn in self.own_layers(self)]
 
     @classmethod
     def own_layers(cls, block):
@@ -300,10 +300,6 @@ class PrunableConvs(Prunable):
             if not isinstance(norm, BatchNorm):
                 return "no BatchNorm inside"
 
-    def folded(self):
-        """The block's own convs, with their BatchNorms folded in."""
-        return [fuse_conv_bn_eval(conv, bn) for conv, bn in self.own_layers(self)]
-
     def fitted_layers(self, rung):
         like, inputs, outputs, size = self.shape()
 
@@ -312,16 +308,15 @@ class PrunableConvs(Prunable):
             nn.init.kaiming_normal_(weight, mode="fan_out")
             return conv_like(like, weight, None, groups)
 
-        if rung == "separable":
-            convs = [new_conv(inputs, size, inputs), nn.Conv2d(inputs, outputs, 1, bias=False)]
-        elif rung == "lowrank":
-            convs = [new_conv(self.rank, 1), nn.Conv2d(self.rank, outputs, 1, bias=False)]
+        if rung in ("separable", "lowrank"):
+            first = new_conv(self.rank, 1) if rung == "lowrank" else new_conv(inputs, size, inputs)
+            convs = [first, nn.Conv2d(first.out_channels, outputs, 1, bias=False)]
         else:
             convs = [new_conv(outputs, 1 if rung == "1x1" else size)]
         bn = nn.BatchNorm2d(outputs)  # without it, networks of many fitted blocks train worse
         if self.skip_module() is not None:  # else nothing would be left
             zero(bn)
-        return [layer.to(like.weight) for layer in (*convs, bn)]
+        return [*convs, bn]
 
     def linear_inputs(self, x):
         """What each output pixel of a dense conv sees of x: (B·H·W, C·size²). A conv with one tap
@@ -359,7 +354,7 @@ class PrunableBasicBlock(PrunableConvs, resnet.BasicBlock):
     convs = {"conv1": "bn1", "conv2": "bn2"}
     skip_module = lambda self: self.downsample or nn.Identity()
     last_act = lambda self: self.act2
-    ladder = lambda self: ["dense", "1x1"] + ["skip"] * (self.downsample is None)
+    ladder = lambda self: ["dense", "1x1"]
     shape = lambda self: (self.conv1, self.conv1.in_channels, self.conv2.out_channels, 3)
 
     def reparam_layers(self, x, lam):
@@ -386,15 +381,18 @@ def make_prunable(model, form="reparam", end_act=None, attention=False):
     attention: let attention be pruned, too: "blocks.0.attn" beside "blocks.0", the block's MLP."""
     if form not in ("reparam", "fitted"):
         raise ValueError(f"form is reparam or fitted, not {form}")
+    if prunable_blocks(model):
+        raise ValueError("this network's blocks are prunable already")
 
     def convert(block, family):
         reparam = form == "reparam" and not family.why_not_reparam(block)
         block.__class__ = family
-        block.lam, block.end_act, block.rungs = 0.0, None, block.ladder()
+        block.lam, block.end_act = 0.0, None
+        block.rungs = block.ladder() + ["skip"] * isinstance(block.skip_module(), nn.Identity)
         block.rung = block.rungs[0]
         block.fitted = nn.ModuleDict({
             rung: nn.Sequential(*(block.fitted_layers(rung) if rung != "skip" else ()))
-            for rung in block.rungs[reparam:]}).train(block.training)
+            for rung in block.rungs[reparam:]}).to(next(block.parameters())).train(block.training)
         block.norm_bn = block.reparam_norm() if reparam else None
 
     for module in list(model.modules()):
@@ -404,7 +402,7 @@ def make_prunable(model, form="reparam", end_act=None, attention=False):
     if not (blocks := prunable_blocks(model)):
         kinds = sorted({type(module).__name__ for module in model.modules()})
         kinds = ", ".join(kind for kind in kinds if "Block" in kind or "Bottleneck" in kind)
-        why = listed(not_prunable(model)) or kinds and f"; it is made of {kinds}"
+        why = not_prunable(model) or kinds and f"; it is made of {kinds}"
         raise UserError(f"{type(model).__name__} has no prunable block{why}: use a timm model:"
                         " resnet18, resnet50, mobilenetv2_*, efficientnet_*, convnext*, deit_*,"
                         " vit_* (weights of torchvision's resnets fit timm's)")
@@ -446,15 +444,13 @@ def prunable_blocks(model, path=""):
     return found | ({path: model} if isinstance(model, Prunable) else {})
 
 
-def not_prunable(model):
-    """{module path: reason} of the blocks of the families that stay as they are."""
-    return {path: reason for path, module in model.named_modules() for family in FAMILIES
-            if type(module) is family.timm_class and (reason := family.why_not_prunable(module))}
-
-
-def listed(reasons):
-    return "".join(f"; {reason}: {', '.join(path for path in reasons if reasons[path] == reason)}"
-                   for reason in dict.fromkeys(reasons.values()))
+def not_prunable(model, among=None):
+    """Why blocks of the families (those `among` these paths) stay as they are; "" if none does."""
+    reasons = {}
+    for (path, module), family in itertools.product(model.named_modules(), FAMILIES):
+        if type(module) is family.timm_class and (among is None or path in among):
+            reasons.setdefault(family.why_not_prunable(module), []).append(path)
+    return "".join(f"; {why}: {', '.join(paths)}" for why, paths in reasons.items() if why)
 
 
 def set_subnet(model, prune, lam=1.0):
@@ -462,9 +458,8 @@ def set_subnet(model, prune, lam=1.0):
     for the first rung of each block, or {module path: name of its rung}."""
     blocks = prunable_blocks(model)
     if unknown := sorted(set(prune) - blocks.keys()):
-        reasons = {path: reason for path, reason in not_prunable(model).items() if path in unknown}
-        raise UserError(f"no prunable block {', '.join(unknown)}{listed(reasons)}; this model has"
-                        f" {', '.join(blocks)}")
+        raise UserError(f"no prunable block {', '.join(unknown)}{not_prunable(model, unknown)};"
+                        f" this model has {', '.join(blocks)}")
     if not 0 <= lam <= 1:
         raise ValueError(f"lam goes from 0 to 1, not {lam}")
     if not isinstance(prune, dict):
@@ -563,7 +558,7 @@ class PrunableBottleneck(PrunableConvs, resnet.Bottleneck):
     def ladder(self):
         _, inputs, outputs, _ = self.shape()
         one = is_conv1x1(self.downsample) or inputs * outputs <= self.rank * (inputs + outputs)
-        return ["1x1" if one else "lowrank"] + ["skip"] * (self.downsample is None)
+        return ["1x1" if one else "lowrank"]
 
     def reparam_layers(self, x, lam):
         z = fade(self.act1, self.bn1(self.conv1(x)), lam)
@@ -592,32 +587,30 @@ class PrunableInvertedResidual(PrunableConvs, _efficientnet_blocks.InvertedResid
     convs = {"conv_pw": "bn1", "conv_dw": "bn2", "conv_pwl": "bn3"}
     skip_module = lambda self: nn.Identity() if self.has_skip else None
     act_to_insert = lambda self: copy.deepcopy(getattr(self.bn2, "act", nn.ReLU()))  # EvoNorm: ReLU
+    shape = lambda self: (self.conv_dw, self.conv_pw.in_channels, self.conv_pwl.out_channels,
+                          self.merged_size() or 3)
 
     @classmethod
     def why_not_reparam(cls, block):
         if not cls.merged_size(block):
             return "a dense 3x3 conv would be more expensive"
-        if block.conv_dw.groups < block.conv_dw.in_channels:
-            return "grouped convs inside"
+        sizes = {block.conv_pw.kernel_size, block.conv_pwl.kernel_size}
+        if block.conv_dw.groups < block.conv_dw.in_channels or sizes != {(1, 1)}:
+            return "grouped or larger convs inside"
         return super().why_not_reparam(block)
 
     def merged_size(self):
         """Of the dense conv's kernel; None where any would cost more MACs than the block."""
         pw, dw, pwl, s2 = self.conv_pw, self.conv_dw, self.conv_pwl, math.prod(self.conv_dw.stride)
         baseline = s2 * pw.weight.numel() + dw.weight.numel() + pwl.weight.numel()
-        sizes = [size for size in (dw.kernel_size[0], 3) if size % 2 and size <= dw.kernel_size[0]
-                 and size ** 2 * pw.in_channels * pwl.out_channels < baseline]
-        return sizes[0] if sizes else None
+        sizes = (dw.kernel_size[0], 3) if dw.kernel_size[0] % 2 else ()
+        return next((k for k in sizes if k <= dw.kernel_size[0]
+                     and k ** 2 * pw.in_channels * pwl.out_channels < baseline), None)
 
     def ladder(self):
         # TensorFlow's padding would move a 1x1 conv with a stride off the centre tap
         centred = not isinstance(self.conv_dw, Conv2dSame) or max(self.conv_dw.stride) == 1
-        return (["dense"] * bool(self.merged_size()) + ["separable"] + ["1x1"] * centred
-                + ["skip"] * self.has_skip)
-
-    def shape(self):
-        size = self.merged_size() or 3
-        return self.conv_dw, self.conv_pw.in_channels, self.conv_pwl.out_channels, size
+        return ["dense"] * bool(self.merged_size()) + ["separable"] + ["1x1"] * centred
 
     def reparam_layers(self, x, lam):
         bn1, bn2, norm = self.bn1, self.bn2, nn.BatchNorm2d.forward  # norm: without bn1's own act
@@ -672,10 +665,9 @@ def fade_mlp(mlp, x, lam):
     return mlp.drop2(F.linear(mlp.drop1(fade(mlp.act, z, lam)), *weight_and_bias(mlp.fc2)))
 
 
-def bn_linear(in_features, out_features, like):
-    """A BatchNorm and a linear layer on rows, on the device of `like`, with an output of 0."""
-    layers = nn.BatchNorm1d(in_features), zero(nn.Linear(in_features, out_features))
-    return [layer.to(like.weight) for layer in layers]
+def bn_linear(features):
+    """A BatchNorm and a linear layer on rows, with an output of 0."""
+    return [nn.BatchNorm1d(features), zero(nn.Linear(features, features))]
 
 
 def bn_shift(bn):
@@ -698,9 +690,7 @@ class PrunableConvNeXtBlock(Prunable, convnext.ConvNeXtBlock):
     why_not_reparam = staticmethod(why_not_plain_mlp)
     skip_module = lambda self: self.shortcut
     linear_inputs = lambda self, x: pixel_rows(self.conv_dw(x))
-
-    def ladder(self):
-        return ["separable", "depthwise"] + ["skip"] * isinstance(self.shortcut, nn.Identity)
+    ladder = lambda self: ["separable", "depthwise"]
 
     def reparam_norm(self):
         return replace_norm(self.norm, nn.BatchNorm2d(self.conv_dw.out_channels), self.conv_dw)
@@ -722,8 +712,7 @@ class PrunableConvNeXtBlock(Prunable, convnext.ConvNeXtBlock):
     def fitted_layers(self, rung):
         dw, dim = copy.deepcopy(self.conv_dw), self.conv_dw.out_channels
         bn, pw = nn.BatchNorm2d(dim), zero(nn.Conv2d(dim, dim, 1))
-        layers = (dw, zero(bn)) if rung == "depthwise" else (dw, bn, pw)
-        return [layer.to(dw.weight) for layer in layers]
+        return [dw, zero(bn)] if rung == "depthwise" else [dw, bn, pw]
 
     def solve_rung(self, rung, mean, gram, cross, bias, ridge):
         dw, bn = self.fitted[rung][:2]
@@ -744,6 +733,7 @@ class PrunableViTBlock(Prunable, vision_transformer.Block):
     stays_nonlinear = True
     drop_path = property(lambda self: self.drop_path2)
     skip_module = lambda self: nn.Identity()
+    fitted_layers = lambda self, rung: bn_linear(self.mlp.fc2.out_features)
 
     @staticmethod
     def why_not_prunable(block):
@@ -764,9 +754,6 @@ class PrunableViTBlock(Prunable, vision_transformer.Block):
     def composed(self):
         layers = compose_mlp(self.mlp, getattr(self.ls2, "gamma", None))
         return [linear_after(self.norm_bn, *layers)]
-
-    def fitted_layers(self, rung):
-        return bn_linear(self.mlp.fc2.out_features, self.mlp.fc2.out_features, self.mlp.fc2)
 
     def fuse(self):
         attn = self.attn.fuse() if isinstance(self.attn, Prunable) else self.attn
@@ -795,14 +782,13 @@ class MergedViTBlock(nn.Module):
 class PrunableAttention(Prunable, vision_transformer.Attention):
     """A PrunableViTBlock's attention, fitted only: a BatchNorm and a linear layer on each token."""
     timm_class = vision_transformer.Attention
+    ladder = lambda self: ["linear", "skip"]  # the skip is the block's around it
     why_not_reparam = staticmethod(lambda block: "attention")
     stays_nonlinear = True  # the last block's attention stays
+    fitted_layers = lambda self, rung: bn_linear(self.proj.out_features)
 
     def reparam_layers(self, x, lam, **attn_args):  # of timm only: it is never of the paper's form
         return super(Prunable, self).forward(x, **attn_args)
-
-    def fitted_layers(self, rung):
-        return bn_linear(self.qkv.in_features, self.proj.out_features, self.proj)
 
     def merged(self):
         return nn.Identity() if self.rung == "skip" else fold_norms(self.fitted["linear"])[0]
@@ -815,7 +801,8 @@ FAMILIES = (PrunableBasicBlock, PrunableBottleneck, PrunableInvertedResidual, Pr
 # ---- the fitted form in closed form --------------------------------------------------------------
 
 @torch.no_grad()
-def fit(model, prune, batches, in_turn=True, ridge=1e-2, pixels=8192, max_bytes=2**32):
+def fit(model, prune, batches, in_turn=True, ridge=1e-2, pixels=8192, max_bytes=2**32,
+        chain=True):
     """Solves the fitted form of the blocks in `prune`, as for set_subnet, by least squares on
     `batches` (an iterable of images, or of pairs of them and labels): its output is to reproduce
     that of the block in the unpruned network. Nothing else changes; the model is left in eval mode
@@ -824,8 +811,9 @@ def fit(model, prune, batches, in_turn=True, ridge=1e-2, pixels=8192, max_bytes=
     in_turn: block after block, each on the inputs that it gets once those before it are pruned, so
     that it also corrects their errors. Each batch goes through the network twice at once, its first
     half unpruned, its second pruned, from one block to the next; the inputs of all batches to the
-    block that is solved next are kept, up to `max_bytes`, and batches beyond left out. Else all
-    blocks, and all their rungs, are fitted on the unpruned network's inputs, in one pass.
+    block that is solved next are kept, up to `max_bytes`, and batches beyond left out; or nothing,
+    where the blocks are no `chain`, as in HRNet. Else all blocks, and all their rungs, are fitted
+    on the unpruned network's inputs, in one pass.
 
     The normal equations are summed up in float64, from at most `pixels` output pixels (or tokens)
     of each batch. `ridge`, a share of each input's variance that is added to it, makes weights
@@ -848,7 +836,12 @@ def fit(model, prune, batches, in_turn=True, ridge=1e-2, pixels=8192, max_bytes=
         skip, inside = block.split(x, **attn_args)
         baseline = block.reparam_layers(half(inside, 0), 0, **attn_args)
         if block in sums:
-            add_up(block, half(inside, 1), half(skip, 0) + baseline - half(skip, 1))
+            inputs = block.linear_inputs(half(inside, 1))
+            wanted = pixel_rows(half(skip, 0) + baseline - half(skip, 1))
+            gram, cross, rng = sums[block]
+            chosen = torch.randperm(len(inputs), generator=rng)[:pixels].to(inputs.device)
+            inputs = F.pad(inputs[chosen].double(), (0, 1), value=1.0)  # a constant, for the bias
+            sums[block] = gram + inputs.T @ inputs, cross + inputs.T @ wanted[chosen].double(), rng
             if block is blocks[goals[-1]]:
                 raise Solvable
         baseline = block.join(half(skip, 0), baseline, 0)
@@ -857,16 +850,11 @@ def fit(model, prune, batches, in_turn=True, ridge=1e-2, pixels=8192, max_bytes=
         pruned = on_rows(block.fitted[block.rung], half(inside, 1))
         return torch.cat([baseline, block.join(half(skip, 1), pruned, 1)])
 
-    def add_up(block, inside, wanted):
-        inputs, wanted = block.linear_inputs(inside), pixel_rows(wanted)
-        gram, cross, rng = sums[block]
-        chosen = torch.randperm(len(inputs), generator=rng)[:pixels].to(inputs.device)
-        inputs = F.pad(inputs[chosen].double(), (0, 1), value=1.0)  # a constant, for the bias
-        sums[block] = gram + inputs.T @ inputs, cross + inputs.T @ wanted[chosen].double(), rng
-
     def go_on(block, args):  # before an outermost block: where a batch waits
         x = waiting[number] if block is start else args[0]
-        if block is stop:
+        if start and block is stop and len(x) != len(waiting[number]):
+            raise RuntimeError  # it comes from `any_image`
+        if block is stop and chain:
             waiting[number:number + 1] = [x]
             if full():
                 raise Solvable
@@ -890,7 +878,7 @@ def fit(model, prune, batches, in_turn=True, ridge=1e-2, pixels=8192, max_bytes=
                 images = images_in(images)
                 if in_turn and not start:
                     images = torch.cat([images, images])
-                    any_image = images[::len(images) // 2]
+                    any_image = images[:1].expand(3, -1, -1, -1)  # of no batch's length
                 with contextlib.suppress(Solvable):
                     model(images)
                 if full():
@@ -903,14 +891,21 @@ def fit(model, prune, batches, in_turn=True, ridge=1e-2, pixels=8192, max_bytes=
                     if rung != "skip":
                         block.solve_rung(rung, *moments, ridge)
                 check_finite(block.fitted, f"the fitted {name}")
-            start = stop
+            start = stop if chain else None
     except torch.linalg.LinAlgError as error:
         raise UserError(f"{name} cannot be fitted: {error}") from error
+    except RuntimeError:
+        if not start:
+            raise
+        chain = None
     finally:
         for hook in hooks:
             hook.remove()
         for name in todo:
             del blocks[name].forward
+    if chain is None:  # what a block gets is not all that reaches the next one
+        print("fitting each block through the whole network, as they do not run one by one")
+        fit(model, prune, batches, in_turn, ridge, pixels, max_bytes, chain=False)
 
 
 def centre(gram, cross, name):
@@ -949,8 +944,7 @@ def separate(gram, cross, channels, ridge, rounds=3):
     (taps, O) is brought to rank 1; then kernels and 1x1 conv are solved in turn."""
     dense = solve(gram, cross, ridge).unflatten(0, (channels, -1))
     taps = dense.shape[1]
-    within = gram.unflatten(0, (channels, taps)).unflatten(2, (channels, taps))
-    within = within.diagonal(dim1=0, dim2=2).movedim(-1, 0)  # (C, taps, taps), of each channel
+    within = torch.einsum("ctcs->cts", gram.reshape(channels, taps, channels, taps))
     share = 1e-6 * within.diagonal(dim1=1, dim2=2).mean(1) + 1e-12
     root = torch.linalg.cholesky(within + share[:, None, None] * torch.eye(taps).to(within))
     left = torch.linalg.svd(root.mT @ dense, full_matrices=False)[0][:, :, :1]
@@ -996,10 +990,9 @@ def check_finite(model, what, hint=""):
 @torch.no_grad()
 def cost(model, input_size):
     """{"params", "macs"} of a forward pass on (1, *input_size), counted on the meta device."""
-    model = copy.deepcopy(model).to("meta").eval().requires_grad_(False)  # or the counter fails
-    dtype = next(model.parameters(), torch.empty(0)).dtype
+    model = copy.deepcopy(model).to("meta", torch.float).eval()
     with FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, *input_size, device="meta", dtype=dtype))
+        model.requires_grad_(False)(torch.empty(1, *input_size, device="meta"))  # or it fails
     return {"params": sum(p.numel() for p in model.parameters()),
             "macs": counter.get_total_flops() // 2}
 
@@ -1023,9 +1016,8 @@ def latencies(models, images, rounds=9):
 def atomic_write(path):
     """Yields a temporary path beside `path`, which takes its place at the end: nobody reads half a
     file. It has a name of its own, and the ending of `path`, which torch.export wants."""
-    folder, name = os.path.split(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, f"tmp.{os.getpid()}.{name}")
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    temporary = f"{path}.tmp{os.getpid()}{os.path.splitext(path)[1]}"
     try:
         yield temporary
         os.replace(temporary, path)
@@ -1046,11 +1038,10 @@ def save(content, path):
                 writer.writeheader()
                 writer.writerows(content)
         elif "stage" not in content:
-            with open(temporary, "w", encoding="utf-8") as file:
-                json.dump(content, file, indent=1)
+            pathlib.Path(temporary).write_text(json.dumps(content, indent=1), encoding="utf-8")
         else:
             try:
-                torch.save({"format": 5, **content}, temporary)
+                torch.save({"format": 6, **content}, temporary)
             except RuntimeError as error:  # a full disk
                 raise UserError(f"cannot write {path}: {error}") from error
 
@@ -1058,9 +1049,9 @@ def save(content, path):
 def finish(out):
     """Removes what only an unfinished run needs: OUT.last, and half-written files."""
     if rank_and_world()[0] == 0:
-        half = os.path.join(os.path.dirname(out), f"tmp.*.{os.path.basename(out)}")
-        for path in glob.glob(half) + glob.glob(half + ".last") + glob.glob(out + ".last"):
-            os.remove(path)
+        for tail in (".last", ".last.tmp*", ".tmp*"):
+            for path in glob.glob(glob.escape(out) + tail):
+                os.remove(path)
 
 
 def read_checkpoint(path, *stages):
@@ -1072,9 +1063,9 @@ def read_checkpoint(path, *stages):
         raise UserError(f"{path} does not exist: run the stage before, or name its file") from error
     except Exception as error:  # torch.load raises many kinds
         raise UserError(f"{path} is damaged or is not a checkpoint: write it again") from error
-    if version != 5:
+    if version != 6:
         raise UserError(f"{path} was written by another version of this project (format {version},"
-                        " this one reads 5): write it again")
+                        " this one reads 6): write it again")
     if stages and stage not in stages:
         raise UserError(f"{path} holds: {stage}. This needs: {' or '.join(stages)}")
     return checkpoint
@@ -1083,8 +1074,7 @@ def read_checkpoint(path, *stages):
 def read_subnet(path, model=None):
     """A subnet spec, checked: "prune" is a list of module paths, or a dict from them to rungs."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            subnet = json.load(file)
+        subnet = json.loads(pathlib.Path(path).read_text(encoding="utf-8-sig"))
         prune = subnet["prune"]
         names = [subnet["model"], *prune, *(prune.values() if isinstance(prune, dict) else ())]
         assert subnet["format"] == 1 and {*map(type, names)} == {str}
@@ -1138,8 +1128,9 @@ def run_flags(parser, resume=True):
 
 def spare_weights(args, stage1_flags, model, prune=()):
     """Sets --lr, if it is not given, to 1e-3, or to 1e-4 where stage 1 took the weights of `model`.
-    There BN's statistics in front of the first block in `prune` move slowly, too. One epoch on 922
-    photos at 1e-3, nothing pruned: MobileNetV2 from 85 to 42 %, EfficientNet-Lite0 87 to 70 %."""
+    There BN's statistics in front of the first block in `prune` move slowly, too; with --features
+    nothing there moves. One epoch on 922 photos at 1e-3, nothing pruned: MobileNetV2 from 85 to
+    42 %, EfficientNet-Lite0 87 to 70 %."""
     given = stage1_flags["checkpoint"] or stage1_flags["pretrained"]
     features = getattr(args, "features", False)  # then all statistics stay
     if args.lr is None:
@@ -1147,10 +1138,12 @@ def spare_weights(args, stage1_flags, model, prune=()):
         if given and not features and (args.epochs or getattr(args, "baseline_epochs", 0)):
             print("given weights: learning rate 0.0001, BN statistics that pruning does not change"
                   " move by 1 % a step")
-    for path, module in model.named_modules() if given and not features else ():
+    for path, module in model.named_modules() if given or features else ():
         if path in prune:
             break
-        if isinstance(module, BatchNorm):
+        for weight in module.parameters(recurse=False) if features else ():
+            weight.requires_grad_(False)
+        if isinstance(module, BatchNorm) and not features:
             module.momentum = 0.01
 
 
@@ -1161,7 +1154,7 @@ def training_flags(parser, warmup):
          help="training images to fit the pruned forms on; 0: each starts as its skip alone")
     flag("--batch-size", type=at_least(2), default=64, help="images per step and process")
     flag("--lr", type=positive, help="peak learning rate, which falls to 0 by a cosine (None: 1e-3,"
-         " or 1e-4 where stage 1 took weights)")
+         " or 1e-4 where stage 1 took weights); of the paper's form stage 1 takes a fifth")
     flag("--warmup", type=share, default=warmup, metavar="R", help="share of steps before the peak")
     flag("--opt", default="adamw", choices=list_optimizers(), metavar="NAME", help="one of timm's")
     flag("--weight-decay", type=positive, default=0.05, help="not for norms and biases")
@@ -1217,7 +1210,7 @@ def start(parser, *inputs, last_output=lambda args: args.out, read=read_checkpoi
     files = list(filter(os.path.isfile, [getattr(args, flag) or "" for flag in inputs]))
     if os.path.realpath(args.out) in map(os.path.realpath, files):
         raise UserError(f"--out {args.out} is an input, too: give another --out")
-    args.checksums = {name: zlib.crc32(open(name, "rb").read()) for name in files}
+    args.checksums = {name: zlib.crc32(pathlib.Path(name).read_bytes()) for name in files}
     args.processes = rank_and_world()[1]
     free = ["resume", "device", "workers", "out"]  # they do not change what is computed
     free += ["data_dir"] if "supernet" in inputs else []  # later stages know the images
@@ -1234,6 +1227,8 @@ def start(parser, *inputs, last_output=lambda args: args.out, read=read_checkpoi
     if state and path != last:
         print(f"{path} is finished: nothing to do")
         sys.exit()
+    if state and "log" in state:
+        print("going on after epoch {epoch} of the {network}".format(**state["log"][-1]))
     random_seed(getattr(args, "seed", 0))
     return args, device, state
 
@@ -1256,20 +1251,19 @@ def all_reduce_mean(tensors):
 def progress_bar(items, name, rounds=0, **kwargs):
     """tqdm over `items`, in the first process and on a terminal only. If `rounds` times as many are
     to come, it says, once it has seen a few, how long they take: into a file as well."""
-    def timed():
-        wait, started = 3, None  # the first are slow
+    def timed(rounds):
         for i, item in enumerate(items):
-            if rounds and i == wait:
+            if i == 3:  # the first are slow
                 started = time.time()
-            if started and i > wait and time.time() - started > 5:
-                left = (rounds * len(items) - i) * (time.time() - started) / (i - wait)
+            if rounds and i > 3 and time.time() - started > 5:
+                left = (rounds * len(items) - i) * (time.time() - started) / (i - 3)
                 if left > 60:
                     tqdm.write(f"{name}: about {left / 60:.0f} min to go")
-                started = None
+                rounds = 0
             yield item
     total = len(items) if hasattr(items, "__len__") else None
     hidden = rank_and_world()[0] > 0 or None  # None: unless on a terminal
-    return tqdm(timed(), name, total, leave=False, disable=hidden, **kwargs)
+    return tqdm(timed(rounds), name, total, leave=False, disable=hidden, **kwargs)
 
 
 def print_table(header, rows):
@@ -1287,6 +1281,7 @@ def read_image(dataset, index):
     try:
         image, label = reader[index][:2] if reader else dataset[index]
         image = Image.open(image) if reader else image
+        assert image.mode != "F"  # floats of unknown range
         if image.mode.startswith("I"):  # 16 bits of grey: Pillow would clip them at 255
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         return image.convert("RGB"), int(label)
@@ -1329,7 +1324,8 @@ class Images(torch.utils.data.Dataset):
 def samples_of(dataset):
     """(path below the data set's folder, label) of each image, or as much as the data set tells."""
     source = getattr(dataset, "reader", dataset)
-    samples = getattr(source, "samples", None) or getattr(source, "targets", None) or [len(dataset)]
+    samples = getattr(source, "samples", None) or [int(x) for x in getattr(source, "targets", ())]
+    samples = samples or [len(dataset)]
     root = str(getattr(source, "root", ""))
     return [(s[0].removeprefix(root), s[1]) if isinstance(s, tuple) else s for s in samples]
 
@@ -1377,13 +1373,14 @@ def make_loader(data, part, batch_size, device, workers=0, limit=None, split=Fal
     (without what is held back), "holdout" (that, for the search) or "val". limit: only so many, by
     the seed of the holdout. split: only this process's part. augment: flags with seed, aa and
     reprob, to train on: shuffled, augmented, split, the last incomplete batch left out."""
-    dataset = open_dataset(data, "val" if part == "val" else "train")
+    source = "val" if part == "val" else "train"
+    dataset = open_dataset(data, source)
     indices = torch.arange(len(dataset))
+    if fingerprint(dataset) != data["fingerprint"][source]:
+        raise UserError(f"{data['data_dir']} does not hold the {source} images that stage 1 saw,"
+                        f" but {len(dataset)}, or other names or labels: run stage 1 again, or give"
+                        " their folder with --data-dir")
     if part != "val":
-        if fingerprint(dataset) != data["fingerprint"]:
-            raise UserError(f"{data['data_dir']} does not hold the {data['train_images']} training"
-                            f" images that stage 1 saw, but {len(dataset)}, or other names or"
-                            " labels: run stage 1 again, or give their folder with --data-dir")
         held = torch.isin(indices, data["holdout"])
         indices = indices[held if part == "holdout" else ~held]
     if limit and limit < len(indices):
@@ -1396,12 +1393,13 @@ def make_loader(data, part, batch_size, device, workers=0, limit=None, split=Fal
         transform = timm.data.create_transform(
             tuple(data["input_size"]), is_training=bool(augment), color_jitter=0, mean=data["mean"],
             std=data["std"], interpolation=data["interpolation"], crop_pct=data["crop_pct"],
-            scale=data["scale"], auto_augment=augment and augment.aa, use_prefetcher=True)
+            crop_mode=data["crop_mode"], scale=data["scale"],
+            auto_augment=augment and augment.aa, use_prefetcher=True)
     except (AssertionError, KeyError, ValueError) as error:
         raise UserError(f"--aa {augment and augment.aa}: {error!r}; timm's notation is like"
                         " rand-m9-mstd0.5-inc1") from error
     seed = augment.seed if augment else 0
-    labels = data.get("answers", {}).get("val" if part == "val" else "train")
+    labels = data.get("answers", {}).get(source)
     images = Images(dataset, indices[rank::world] if split else indices, transform, seed, labels)
     sampler = Shuffle(images, world, rank, seed=seed, drop_last=True) if augment else None
     loader = torch.utils.data.DataLoader(
@@ -1483,12 +1481,11 @@ def train(model, step, measure, loader, args, name, epochs, peak, log, hold=0.0,
     hold = max(warmup, round(hold * steps))
     scheduler = CosineLRScheduler(optimizer, max(2, steps - hold), warmup_t=warmup,
                                   warmup_lr_init=peak / 10, warmup_prefix=True, t_in_epochs=False)
-    mixup = None
-    if args.mixup or args.cutmix:
-        if loader.loader.batch_size % 2:
-            raise UserError("--mixup and --cutmix need an even --batch-size")
-        mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing,
-                      num_classes=model.num_classes)
+    mixup = (args.mixup or args.cutmix) and Mixup(
+        args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=model.num_classes)
+    if mixup and loader.loader.batch_size % 2:
+        raise UserError("--mixup and --cutmix need an even number of images a step, not"
+                        f" {loader.loader.batch_size}: give another --batch-size")
     ema = ModelEmaV3(model, args.ema, use_warmup=True) if args.ema else None
     best = ema.module if ema else model  # the one that counts
     parts, first, result = [model, best, optimizer], epochs.start, None

@@ -137,6 +137,7 @@ ONLY_FITTED = {
     "basic, squeeze-excite": lambda: BasicBlock(8, 8, attn_layer="se"),
     "bottleneck, squeeze-excite": lambda: Bottleneck(8, 2, attn_layer="se"),
     "inverted, squeeze-excite": lambda: inverted(se_layer=SqueezeExcite),
+    "inverted, 3x3 before": lambda: inverted(exp_kernel_size=3),
     "convnext, GRN": lambda: ConvNeXtBlock(8, use_grn=True, ls_init_value=None),
     "vit, norm in its MLP": lambda: Block(8, 2, scale_mlp_norm=True),
 }
@@ -606,6 +607,21 @@ def test_fit_in_turn_is_least_squares_on_what_each_block_will_get(name, attentio
         assert error <= 1.0001 * least + 1e-9 * target.square().mean()
 
 
+@pytest.mark.parametrize("name, chain", [("hrnet_w18_small", False), ("test_resnet", True)])
+def test_a_fit_of_blocks_that_do_not_run_one_by_one(name, chain, capsys):
+    """In HRNet there are branches: what a block gets is not all that reaches the next one."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10).eval()
+    names, batches = make_prunable(model, "fitted")[-3:], [images(32).float() for _ in range(2)]
+    again = copy.deepcopy(model)
+    fit(model, names, batches)
+    assert ("through the whole network" in capsys.readouterr().out) != chain
+    fit(again, names, batches, chain=False)
+    assert all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
+    with pytest.raises(ValueError, match="prunable already"):
+        make_prunable(model)
+
+
 @pytest.mark.parametrize("in_turn", [True, False])
 @torch.no_grad()
 def test_a_fit_takes_its_pixels_from_everywhere(in_turn):
@@ -792,10 +808,23 @@ def test_blocks_whose_own_layers_cannot_merge_are_fitted(kind):
         "basic, squeeze-excite": "squeeze-excite inside",
         "bottleneck, squeeze-excite": "squeeze-excite inside",
         "inverted, squeeze-excite": "squeeze-excite inside",
+        "inverted, 3x3 before": "grouped or larger convs inside",
         "convnext, GRN": "no plain MLP inside (GlobalResponseNormMlp)",
         "vit, norm in its MLP": "no plain MLP inside (Mlp)",
     }
     assert model[0].rung in model[0].fitted and model[0].why_not_reparam(model[0]) == why[kind]
+
+
+@torch.no_grad()
+def test_an_even_kernel_is_not_merged_as_if_it_had_a_centre():
+    model, (_, inputs) = nn.Sequential(inverted(dw_kernel_size=4, pad_type="same")), network_of("basic")
+    model.double().eval()
+    make_prunable(model)
+    assert model[0].rungs == ["separable", "1x1", "skip"]
+    randomise(model, inputs(16))
+    for rung in model[0].rungs:
+        set_subnet(model, {"0": rung})
+        assert_same(model, merge(model), inputs())
 
 
 @pytest.mark.parametrize("name, gmacs", [*zip(LARGE, (3.664, 4.089, 0.301, 4.456, 1.254))])

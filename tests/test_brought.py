@@ -1,6 +1,7 @@
 """What people bring: their own weights, classes, images and notebooks. Nothing goes wrong without a
 word, and what does not work says so."""
 
+import argparse
 import csv
 import importlib
 import io
@@ -105,7 +106,7 @@ def test_images_are_prepared_as_the_weights_want_them(first, capsys):
 def test_how_images_are_prepared_can_be_told_and_travels(first, tmp_path, capsys):
     flags = "--mean 0.5 0.4 0.3 --std 0.2 0.3 0.4 --interpolation bilinear --crop-pct 0.75"
     assert stage(f"{first} {QUICK} --baseline-epochs 0 {flags}") is None
-    said = "0.75 of a val image, by bilinear; mean 0.5 0.4 0.3, std 0.2 0.3 0.4"
+    said = "0.75 of a val image (center), by bilinear; mean 0.5 0.4 0.3, std 0.2 0.3 0.4"
     assert said in capsys.readouterr().out
     write_spec(tmp_path / "one.json", ["layer1.0"])
     assert stage("3_progressive.py --subnet one.json --epochs 0 --calibrate 16") is None
@@ -114,7 +115,7 @@ def test_how_images_are_prepared_can_be_told_and_travels(first, tmp_path, capsys
     torch.export.load("runs/merged.pt2", extra_files=files)
     about = json.loads(files["about.json"])
     for found in (about, load("runs/subnet.pt")[1]["data"], load("runs/merged.pt")[1]):
-        assert found["mean"] == [0.5, 0.4, 0.3] and found["std"] == [0.2, 0.3, 0.4]
+        assert (*found["mean"], *found["std"]) == (0.5, 0.4, 0.3, 0.2, 0.3, 0.4)
         assert (found["interpolation"], found["crop_pct"]) == ("bilinear", 0.75)
 
 
@@ -265,11 +266,34 @@ def test_each_class_keeps_images_for_the_training(first, seed, capsys):
     assert {label for i, (_, label) in enumerate(samples) if i not in held} == {0, 1, 2}
 
 
-def test_an_image_that_was_added_later(first):
+def test_images_are_squashed_where_weights_want_that(first):
+    """As some of 336 and 384 px do; others take the middle."""
+    for path in pathlib.Path("data/val").glob("*/*"):
+        Image.effect_noise((64, 32), 50).save(path)
     assert stage(f"{first} {QUICK} --baseline-epochs 0") is None
-    write_images("data/train/plain disc", 1)
-    said = stage("2_search.py")
-    assert_error(said, "but 51, or other names", "run stage 1 again")
+    data = blocks.read_checkpoint("runs/supernet.pt")["data"]
+    assert data["crop_mode"] == "center"
+    images, squashed = (
+        next(iter(blocks.make_loader({**data, "crop_mode": mode}, "val", 8, torch.device("cpu"))))[0]
+        for mode in ("center", "squash")
+    )
+    assert images.shape == squashed.shape and not torch.equal(images, squashed)
+
+
+@pytest.mark.parametrize("part, count", [("train", 51), ("val", 21)])
+def test_an_image_that_was_added_later(first, tmp_path, part, count):
+    """It would shift labels that are answers, and the baseline's top-1 is of the others."""
+    assert stage(f"{first} {QUICK} --baseline-epochs 0") is None
+    write_images(f"data/{part}/plain disc", 1)
+    write_spec(tmp_path / "one.json", ["layer1.0"])
+    said = stage("3_progressive.py --subnet one.json --epochs 0")
+    assert_error(said, f"{part} images that stage 1 saw, but {count}, or other", "run stage 1 again")
+
+
+def test_labels_of_a_data_set_may_be_a_tensor():
+    """As torchvision's MNIST has them."""
+    dataset = argparse.Namespace(targets=torch.tensor([3, 1]))
+    assert blocks.samples_of(dataset) == [3, 1]
 
 
 def without_classes(part):
@@ -306,6 +330,15 @@ def test_photos_without_labels(first, parts, tmp_path, capsys):
     assert stage("4_merge.py --batch-size 1") is None
     found = json.loads((tmp_path / "runs/merged.json").read_text())["rows"][-1]
     assert (found["top1"] == found["agreement"]) == ("val" in parts)
+
+
+def test_photos_without_labels_and_weights_of_other_classes(first, tmp_path):
+    """--class-map tells how many."""
+    for part in ("train", "val"):
+        without_classes(part)
+    torch.save(weights_of("test_resnet", 3), "mine.pth")
+    (tmp_path / "names.txt").write_text("a\nb\nc")
+    assert stage(f"{first} {QUICK} --checkpoint mine.pth --class-map names.txt") is None
 
 
 @pytest.mark.parametrize("flags", ["", "--checkpoint mine.pth --class-map names.txt"])
@@ -539,7 +572,8 @@ def test_a_table_that_contradicts_itself_is_not_kept(monkeypatch, tmp_path, caps
         return {"baseline": 1.0, "savings": {}, "error": 0.01, "spread": next(spreads)}
 
     monkeypatch.setattr(search_script, "measure_blocks", measured)
-    about, path = {"model": "resnet18", "model_args": {}}, tmp_path / "latency.json"
+    about = dict.fromkeys(("model", "model_args", "form"))
+    path = tmp_path / "latency.json"
 
     def table():
         images = torch.zeros(2, 3, 32, 32)

@@ -84,7 +84,7 @@ def test_first_stage_resumes_to_the_same_bits(pictures, monkeypatch, tmp_path, c
     epochs = re.findall(r"^(baseline|supernet) (\d/2)  .*top-1", said.out, re.MULTILINE)
     assert epochs == [(name, of) for name in ("baseline", "supernet") for of in ("1/2", "2/2")]
     killed(f"{line} --out b/net.pt", "writing 4")  # after the supernet's first epoch
-    assert "going on after epoch 3" in capsys.readouterr().out
+    assert "going on after epoch 1 of the supernet" in capsys.readouterr().out
     assert_same_bits(*(blocks.read_checkpoint(f"{x}/net.pt") for x in "ab"))
     assert rows("a/net.csv") == rows("b/net.csv") and len(rows("a/net.csv")) == 4
     assert sorted(os.listdir("b")) == ["net.csv", "net.pt"]
@@ -124,6 +124,16 @@ def test_search_resumes_to_the_same_spec(own_runs, capsys):
     for name in ("-1.json", "-2.json", ".front/1.json"):
         a, b = (json.load(open(f"{x}{name}")) for x in "ab")
         assert a.pop("flags") != b.pop("flags") and a == b  # --out and --resume
+
+
+def test_only_files_of_ones_own_are_removed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("r[1]", "r1"):
+        os.mkdir(folder)
+        for name in ("a.pt", "a.pt.last", "a.pt.tmp7.pt", "a.pt.last.tmp7.last"):
+            open(f"{folder}/{name}", "w").close()
+    blocks.finish("r[1]/a.pt")
+    assert os.listdir("r[1]") == ["a.pt"] and len(os.listdir("r1")) == 4
 
 
 @one_network
@@ -214,7 +224,7 @@ def test_spoilt_weights_are_not_saved(own_runs, pictures, script):
     [
         ("--amp --clip-grad inf", None),
         ("--cutmix 1 --smoothing 0.1", None),
-        ("--mixup 0.5 --batch-size 15", "error: --mixup and --cutmix need an even"),
+        ("--mixup 0.5 --batch-size 15", "error: --mixup and --cutmix need an even number of images a step, not 15"),
         ("--aa nonsense", "error: --aa nonsense"),
     ],
 )

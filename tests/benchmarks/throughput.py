@@ -75,7 +75,7 @@ def images_per_s(log):
 def main():
     ours = parser.parse_args()
     shared = ["--batch-size", ours.batch_size, "--workers", ours.workers, "--device", ours.device]
-    shared += ["--amp"] * ours.amp + ["--compile"] * ours.compile
+    shared += ["--lr", "1e-3"] + ["--amp"] * ours.amp + ["--compile"] * ours.compile
     if ours.data_dir == "data/shapes":
         first.draw_shapes(ours.data_dir)
     flags = ["--model", ours.model, "--data-dir", ours.data_dir, "--img-size", ours.img_size]
@@ -87,7 +87,6 @@ def main():
     prunable = {form: copy.deepcopy(baseline) for form in ("reparam", "fitted")}
     names = [make_prunable(model, form) for form, model in prunable.items()][0]
     loader = make_loader(data, "train", args.batch_size, device, args.workers, augment=args)
-    val = [next(iter(make_loader(data, "val", args.batch_size, device)))]
 
     def supernet(form):
         model, log = copy.deepcopy(prunable[form]), []
@@ -104,7 +103,7 @@ def main():
             flags = ["--epochs", "1", "--transition", str(transition), "--distill", str(distill)]
             flags += ["--out", os.path.join(folder, "net.pt")]
             flags = third.parser.parse_args(flags + shared)
-            third.train_subnet(model, baseline, prune, loader, val, flags, log)
+            third.train_subnet(model, baseline, prune, loader, lambda _: {}, flags, log)
         return images_per_s(log)
 
     kinds = {  # images/s, and the passes per step that count against it
