@@ -250,6 +250,14 @@ def test_images_of_all_common_kinds_are_seen(first):
     assert blocks.read_checkpoint("runs/supernet.pt")["data"]["train_images"] == before
 
 
+def test_images_of_floats_are_refused(first):
+    """Nobody knows their range; Pillow would clip those from 0 to 1, and all would be black."""
+    path = "data/train/plain disc/floats.tiff"
+    Image.fromarray(np.full((32, 32), 0.5, np.float32)).save(path)
+    assert_error(stage(f"{first} {QUICK} --baseline-epochs 0"), "cannot read image", "floats.tiff")
+    assert not os.path.exists("runs")
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_each_class_keeps_images_for_the_training(first, seed, capsys):
     """Also one with few. What is held back is still a tenth."""

@@ -305,7 +305,7 @@ def test_latency_is_measured_once(runs, monkeypatch, tmp_path, capsys):
     fails this test.)"""
     checkpoint, path = blocks.read_checkpoint(runs / "supernet.pt"), tmp_path / "latency.json"
     names = {n: b.rungs for n, b in prunable_blocks(blocks.build(checkpoint)).items()}
-    errors = iter([0.01, 0.01, 0.01, 0.01, 0.01, 0.5, 0.5, 0.01, 0.5, 0.5, 0.5])
+    errors = iter([0.01, 0.01, 0.01, 0.01, 0.01, 0.01, 0.5, 0.5, 0.01, 0.5, 0.5, 0.5])
 
     def measure(*_):
         savings = {name: [0.04 * (i > 0) for i in range(5)] for name in names}
@@ -320,7 +320,8 @@ def test_latency_is_measured_once(runs, monkeypatch, tmp_path, capsys):
     first, said = table()
     assert "latencies of the blocks: measured" in said and json.loads(path.read_text()) == first
     without = {key: value for key, value in first.items() if key != "savings"}
-    for other in (json.dumps({**first, "threads": 77}), json.dumps(without), "[1]", "{no JSON"):
+    others = {**first, "threads": 77}, {**first, "form": "fitted"}, without, [1]
+    for other in (*map(json.dumps, others), "{no JSON"):
         path.write_text(other)
         assert "measured" in table()[1] and "from" in table()[1] and table()[0] == first
     os.remove(path)

@@ -126,6 +126,21 @@ def test_search_resumes_to_the_same_spec(own_runs, capsys):
         assert a.pop("flags") != b.pop("flags") and a == b  # --out and --resume
 
 
+@one_network
+def test_a_search_is_finished_once_its_front_is_written(own_runs, monkeypatch):
+    line, save = "2_search.py --prune 1 --population 2 --generations 2 --out a.json", blocks.save
+
+    def fails(content, path):
+        if path.endswith("a.front/1.json"):
+            raise OSError("disk full")
+        save(content, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(blocks, "save", fails)
+        assert stage(line) == "error: disk full"
+    assert stage(f"{line} --resume") is None and os.path.exists("a.front/1.json")
+
+
 def test_only_files_of_ones_own_are_removed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in ("r[1]", "r1"):
