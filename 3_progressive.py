@@ -98,6 +98,8 @@ def train_subnet(model, teacher, prune, loader, test, args, log, still=(), state
             with torch.no_grad():
                 wanted, soft = outputs_of(teacher, images, args.amp)
             soft = F.cross_entropy(logits, soft.softmax(-1))
+        if args.features and features.shape != wanted.shape:
+            raise UserError("--features needs all patches: give --no-features, not patch_drop_rate")
         if args.features:  # their mean squared distance, as a share of the wanted ones' variance
             loss = soft + FEATURES * (F.mse_loss(features, wanted) / wanted.var())
         else:

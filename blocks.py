@@ -515,12 +515,21 @@ def recalibrate(model, batches, norms=None, unpruned=None):
         bn.num_batches_tracked.zero_()
         bn.momentum = None  # cumulative average
         bn.train()
-    for number, images in enumerate(map(images_in, batches) if paths else ()):
-        if len(images) > 1 or number == 0:  # one image may end as one pixel, which has no variance
-            model(images)
-    for (path, bn), momentum in zip(paths.items(), momenta):
-        bn.momentum = momentum
-        bn.eval()
+    number, single = 0, False
+    try:
+        for number, images in enumerate(map(images_in, batches) if paths else (), 1):
+            if single:
+                raise UserError("BN statistics need batches of two images or more")
+            single = len(images) == 1  # the last: it may end as one pixel, which has no variance
+            if number == 1 or not single:
+                model(images)
+        if paths and not number:
+            raise UserError("no images to take BN statistics of")
+    finally:
+        for bn, momentum in zip(paths.values(), momenta):
+            bn.momentum = momentum
+            bn.eval()
+    for path, bn in paths.items():
         if path in (unpruned or ()) and bn.num_batches_tracked:
             (mean, var), (seen_mean, seen_var) = unpruned[path]
             bn.running_mean.sub_(seen_mean).add_(mean)  # so what does not change stays bit for bit
@@ -533,7 +542,7 @@ def bn_statistics(unpruned, batches):
     recalibrate(seen, batches)
     return {path: tuple((bn.running_mean.clone(), bn.running_var.clone()) for bn in (own, other))
             for (path, own), other in zip(unpruned.named_modules(), seen.modules())
-            if isinstance(own, BatchNorm)}
+            if isinstance(own, BatchNorm) and other.num_batches_tracked}  # of those that ran
 
 
 def not_fitted(model):
@@ -1078,7 +1087,7 @@ def read_subnet(path, model=None):
         subnet = json.loads(pathlib.Path(path).read_text(encoding="utf-8-sig"))
         prune = subnet["prune"]
         names = [subnet["model"], *prune, *(prune.values() if isinstance(prune, dict) else ())]
-        assert subnet["format"] == 1 and {*map(type, names)} == {str}
+        assert subnet["format"] == 1 and {*map(type, names)} == {str} and type(prune) is not str
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist: run 2_search.py, or write it by hand") from error
     except (ValueError, TypeError, KeyError, RecursionError, AssertionError) as error:

@@ -927,6 +927,29 @@ def test_recalibration_takes_what_it_gets():
     assert torch.equal(model.layer1[0].bn1.running_mean, mean)
 
 
+@pytest.mark.parametrize("batches", [[], [images(96, 1), images(96, 1)]])
+def test_no_statistics_of_no_images_or_of_single_ones(batches):
+    """What failed leaves the network as it was used: in eval mode, with its momentum."""
+    model = create("test_resnet")
+    with pytest.raises(UserError, match="no images|batches of two images or more"):
+        recalibrate(model, iter(batches))
+    bns = [module for module in model.modules() if isinstance(module, blocks.BatchNorm)]
+    assert {(bn.momentum, bn.training) for bn in bns} == {(0.1, False)}
+
+
+def test_norms_that_did_not_run_have_no_statistics():
+    """Those that take LayerNorm's place do not, in the unpruned network."""
+    model, batches = create("test_convnext"), [images(32)]
+    names = make_prunable(model)
+    before = blocks.bn_statistics(model, batches)
+    assert not any("norm_bn" in path for path in before)
+    set_subnet(model, names)
+    again = copy.deepcopy(model)
+    recalibrate(model, batches, unpruned=before)
+    recalibrate(again, batches)
+    assert torch.equal(model(images(40)), again(images(40)))
+
+
 def test_statistics_move_by_what_pruning_changes():
     """Not at all where it changes nothing, nor those of fitted layers."""
     model, batches = create("test_resnet"), [images(32), images(33)]

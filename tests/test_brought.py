@@ -410,6 +410,16 @@ def test_agreement_is_with_the_unpruned_network(own_runs):
 # ---- models --------------------------------------------------------------------------------------
 
 
+def test_features_of_a_network_that_drops_patches(first, tmp_path):
+    model = "--model test_vit --model-kwargs img_size=32 patch_size=8 patch_drop_rate=0.5"
+    torch.save(timm.create_model("test_vit", num_classes=10, img_size=32, patch_size=8).state_dict(),
+               "mine.pth")
+    assert stage(f"{first} {QUICK} {model} --checkpoint mine.pth") is None
+    write_spec(tmp_path / "one.json", ["blocks.0"], "test_vit")
+    said = stage("3_progressive.py --subnet one.json --epochs 1 --calibrate 16")
+    assert_error(said, "--features needs all patches: give --no-features, not patch_drop_rate")
+
+
 @pytest.mark.parametrize(
     "kwargs, text",
     [

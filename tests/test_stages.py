@@ -594,6 +594,7 @@ BAD_LATER = {  # stage and flags, and what the error has to say
         "layer1.0 cannot be pruned to separable; its rungs are dense, 1x1",
     ),
     "a rung that is no name": ("3_progressive.py --subnet two.json", "is not JSON like"),
+    "a block alone, in no list": ("3_progressive.py --subnet one.json", "is not JSON like"),
     "other model": ("3_progressive.py --subnet model.json", "is for resnet18"),
     "spec of another model to score": ("2_search.py --score model.json", "is for resnet18"),
     "supernet of another version": (
@@ -638,6 +639,7 @@ def bad_later(runs, tmp_path_factory):
     write_spec(folder / "block.json", ["layer9.0"])
     write_spec(folder / "rung.json", {"layer1.0": "separable"})
     write_spec(folder / "two.json", {"layer1.0": 2})
+    write_spec(folder / "one.json", "layer1.0")
     write_spec(folder / "model.json", ["layer1.0"], "resnet18")
     write_images(folder / "few", ["plain cross", "plain disc"])
     write_images(folder / "other", ["a", "b"])
