@@ -63,6 +63,22 @@ def stage(line, *more):
         sys.argv = before
 
 
+def stage_on_full_disk(line, full, monkeypatch):
+    """As `stage`, with a disk that has no room for a path of which full(path) is true."""
+    import blocks
+
+    save = blocks.save
+
+    def fails(content, path):
+        if full(path):
+            raise OSError("disk full")
+        save(content, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(blocks, "save", fails)
+        return stage(line)
+
+
 def shell(line, cwd, **environment):
     """Runs `python LINE` in a process of its own; has .returncode, .stdout and .stderr."""
     environment = {**os.environ, "PYTHONPATH": ROOT, **environment}

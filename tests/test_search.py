@@ -11,7 +11,7 @@ import random
 import pytest
 import timm
 import torch
-from conftest import one_network, stage
+from conftest import one_network, stage, stage_on_full_disk
 
 import blocks
 from blocks import (
@@ -345,16 +345,9 @@ def test_latency_is_measured_once(runs, monkeypatch, tmp_path, capsys):
     error = stage(f"{search} --latency 0.01")
     assert error.startswith("error: --latency 0.01: merged subnets have ")
 
-    save = blocks.save
-
-    def fails(content, path):
-        if path.endswith("net.json"):
-            raise OSError("disk full")
-        save(content, path)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(blocks, "save", fails)
-        assert stage(f"{search} --latency 0.9") == "error: disk full"
+    line = f"{search} --latency 0.9"
+    said = stage_on_full_disk(line, lambda path: path.endswith("net.json"), monkeypatch)
+    assert said == "error: disk full"
     os.remove(path)  # what was scored goes by the latencies of its own time
     assert stage(f"{search} --resume") is None
     assert "latencies of the blocks" not in capsys.readouterr().out.split("going on")[1]

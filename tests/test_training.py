@@ -10,7 +10,7 @@ import signal
 import pytest
 import timm
 import torch
-from conftest import ROOT, load, one_network, rows, shell, stage, write_spec
+from conftest import ROOT, load, one_network, rows, shell, stage, stage_on_full_disk, write_spec
 
 import blocks
 from blocks import make_loader, make_prunable, set_subnet
@@ -128,16 +128,9 @@ def test_search_resumes_to_the_same_spec(own_runs, capsys):
 
 @one_network
 def test_a_search_is_finished_once_its_front_is_written(own_runs, monkeypatch):
-    line, save = "2_search.py --prune 1 --population 2 --generations 2 --out a.json", blocks.save
-
-    def fails(content, path):
-        if path.endswith("a.front/1.json"):
-            raise OSError("disk full")
-        save(content, path)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(blocks, "save", fails)
-        assert stage(line) == "error: disk full"
+    line = "2_search.py --prune 1 --population 2 --generations 2 --out a.json"
+    said = stage_on_full_disk(line, lambda path: path.endswith("a.front/1.json"), monkeypatch)
+    assert said == "error: disk full"
     assert stage(f"{line} --resume") is None and os.path.exists("a.front/1.json")
 
 
@@ -153,16 +146,9 @@ def test_only_files_of_ones_own_are_removed(tmp_path, monkeypatch):
 
 @one_network
 def test_resume_wants_the_same_flags(own_runs, monkeypatch, capsys):
-    line, save = "3_progressive.py --out new/net.pt", blocks.save
-
-    def fails(content, path):  # after the first epoch was kept
-        if os.path.exists(path):
-            raise OSError("disk full")
-        save(content, path)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(blocks, "save", fails)
-        assert stage(f"{line} --epochs 2") == "error: disk full"
+    line = "3_progressive.py --out new/net.pt"
+    said = stage_on_full_disk(f"{line} --epochs 2", os.path.exists, monkeypatch)
+    assert said == "error: disk full"  # after the first epoch was kept
     assert sorted(os.listdir("new")) == ["net.csv", "net.pt.last"]
     said = stage(f"{line} --epochs 2 --resume --lr 1")
     assert said.startswith("error: ") and "other flags: lr 0.001, now 1.0. " in said
