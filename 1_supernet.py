@@ -12,7 +12,6 @@ sandwich rule: each step runs the largest subnet (nothing pruned) on the labels,
 up. In the paper's form, whose weights all subnets share, soft labels are the baseline's, also for
 the largest. Before, all that is fitted is solved: lower rungs, not trained here, or all blocks.
 """
-import argparse
 import collections
 import copy
 import logging
@@ -24,25 +23,20 @@ import time
 import numpy as np
 import timm
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from timm.data.readers.img_extensions import is_img_extension
-from timm.layers import to_2tuple
-from timm.utils import ParseKwargs, random_seed
 
-from blocks import (UserError, answers, at_least, check_finite, cost, create_model, evaluate,
-                    fingerprint, finish, fit, label_loss, make_loader, make_prunable, merge,
-                    open_dataset, outputs_of, print_table, progress_bar, prunable_blocks,
+from blocks import (Parser, UserError, answers, at_least, check_finite, cost, create_model,
+                    evaluate, fingerprint, finish, fit, label_loss, make_loader, make_prunable,
+                    merge, open_dataset, outputs_of, print_table, progress_bar, prunable_blocks,
                     rank_and_world, recalibrate, run, run_flags, samples_of, save, set_subnet,
                     spare_weights, start, train, training_flags)
 
-parser = argparse.ArgumentParser(description="Stage 1 of 4: trains a supernet.",
-                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+parser = Parser(description="Stage 1 of 4: trains a supernet.")
 flag = parser.add_argument
 # model
 flag("--model", default="resnet18", help="a timm model: mobilenetv2_100, convnext_tiny.fb_in1k")
-flag("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="k=v",
+flag("--model-kwargs", nargs="*", default={}, action=timm.utils.ParseKwargs, metavar="k=v",
      help="arguments for timm.create_model, e.g. patch_size=4 img_size=32")
 flag("--pretrained", action="store_true", help="start from timm's weights (downloads them)")
 flag("--checkpoint", metavar="FILE", help="start from weights in timm's keys (.pth, .safetensors)")
@@ -89,9 +83,8 @@ def draw_shapes(root, train=2000, val=500, size=32):
         phase = (x * np.cos(angle) + y * np.sin(angle)) * rng.uniform(low, high)
         return np.sin(phase + rng.uniform(0, 6))[..., None]
 
-    a = 1 / 3
-    cross = [(a, a), (1, a), (1, -a), (a, -a), (a, -1), (-a, -1), (-a, -a), (-1, -a), (-1, a),
-             (-a, a), (-a, 1), (a, 1)]
+    cross = np.array([(1, 1), (3, 1), (3, -1), (1, -1), (1, -3), (-1, -3), (-1, -1), (-3, -1),
+                      (-3, 1), (-1, 1), (-1, 3), (1, 3)]) / 3
     shapes = {"cross": [cross], "disc": [polygon(24)], "ring": [polygon(24), polygon(24) * 0.6],
               "square": [polygon(4)], "triangle": [polygon(3)]}  # outline, and what is cut out
     classes = [(shape, fill) for shape in shapes for fill in ("plain", "striped")]
@@ -156,8 +149,8 @@ def has_classes(root):
             raise UserError(f"{inner[0]} is a folder inside a class folder: move its images up")
         if entry.name.startswith("."):
             raise UserError(f"{entry.path} is a hidden folder, but would be a class: remove it")
-    images = [entry.path for entry in entries
-              if entry.is_file() and is_img_extension(os.path.splitext(entry.name)[1].lower())]
+    images = [entry.path for entry in entries if entry.is_file()
+              and timm.data.is_img_extension(os.path.splitext(entry.name)[1].lower())]
     if folders and images:
         raise UserError(f"{images[0]} is in no class folder")
     return not images
@@ -206,8 +199,7 @@ def describe_images(args):
             held.append(i)
     if not held:
         raise UserError("no class has two training images: none can be held back for the search")
-    data = {**data, "classes": classes, "train_images": len(train),
-            "holdout": torch.tensor(held).sort().values}
+    data.update(classes=classes, train_images=len(train), holdout=torch.tensor(held).sort().values)
     val = open_dataset(data, "val")  # with classes, as later stages open it
     return {**data, "fingerprint": {"train": fingerprint(train), "val": fingerprint(val)}}
 
@@ -235,14 +227,13 @@ def make_baseline(args, data):
     if args.checkpoint:
         fits = load_weights(model, args)
     data.update(timm.data.resolve_model_data_config(model, vars(args)))  # flags before the model's
-    size = to_2tuple(size or data["input_size"][1:])
+    size = timm.layers.to_2tuple(size or data["input_size"][1:])
     if not (args.checkpoint or args.pretrained or args.crop_pct) and max(size) < 128:
         data["crop_pct"] = 1.0  # CIFAR's images show little beside their object
     data.update(input_size=[3, *size], scale=[0.8, 1.0] if max(size) < 128 else [0.08, 1.0])
-    numbers = {key: " ".join(f"{x:.3g}" for x in data[key]) for key in ("mean", "std")}
+    mean, std = (" ".join(f"{x:.3g}" for x in data[key]) for key in ("mean", "std"))
     print(f"images: {size[0]}x{size[1]} px, {data['crop_pct']:g} of a val image"
-          f" ({data['crop_mode']}), by {data['interpolation']}; mean {numbers['mean']}, std"
-          f" {numbers['std']}")
+          f" ({data['crop_mode']}), by {data['interpolation']}; mean {mean}, std {std}")
     check_finite(model, args.checkpoint or args.model)
     try:
         network, x = copy.deepcopy(model).to("meta").eval(), torch.empty(1, 3, *size, device="meta")
@@ -321,11 +312,11 @@ def main():
     args, device, state = start(parser, "checkpoint", "class_map")
     rank, world = rank_and_world()
     if rank > 0:  # the first process draws or downloads what is not there yet
-        dist.barrier()
+        torch.distributed.barrier()
     data = describe_images(args)
     model, model_args, trained = make_baseline(args, data)
     if rank == 0 and world > 1:
-        dist.barrier()
+        torch.distributed.barrier()
     make_prunable(copy.deepcopy(model), attention=args.attention)  # errors come before training
     model.to(device, memory_format=torch.channels_last)  # depthwise convs train twice as fast
     for part in data["answers"]:
@@ -347,20 +338,21 @@ def main():
     # Baseline
     spare_weights(args, vars(args), model)
     epochs = args.baseline_epochs if args.baseline_epochs is not None else 0 if trained else 10
+    epochs = range(epochs)
     print(f"{args.model}, {len(data['classes'])} classes, {data['train_images']} training images,"
           f" {len(data['holdout'])} of them held back")
     if state and state.get("baseline"):
         baseline, baseline_weights = state["baseline"], state["baseline_state_dict"]
         model.load_state_dict(baseline_weights)
     else:
-        step = sandwich(model, [], loader, range(epochs), args)
+        step = sandwich(model, [], loader, epochs, args)
         model, result = train(model, step, lambda network: evaluate(network, val, split=True),
-                              loader, args, "baseline", range(epochs), args.lr, log, state=state)
+                              loader, args, "baseline", epochs, args.lr, log, state=state)
         baseline, state = {**cost(model, data["input_size"]), **result}, None
         baseline_weights = {key: value.cpu().clone() for key, value in model.state_dict().items()}
 
     # Supernet. The paper's form has to be trained; without, the search scores the fitted one
-    random_seed(args.seed)  # in all processes, and resumed or not, what is not fitted starts alike
+    timm.utils.random_seed(args.seed)  # what is not fitted starts alike, resumed or not
     form = args.form if args.epochs else "fitted"
     teacher = copy.deepcopy(model).eval() if form == "reparam" else None
     blocks = make_prunable(model, form, None, args.attention)
@@ -390,7 +382,7 @@ def main():
 
     # In the paper's form both forms of a block share their weights: they must not move far
     peak = args.lr / 5 if form == "reparam" else args.lr
-    epochs = range(epochs, epochs + args.epochs)
+    epochs = range(epochs.stop, epochs.stop + args.epochs)
     step = sandwich(model, blocks, loader, epochs, args, teacher)
     model, result = train(model, step, report, loader, args, "supernet", epochs, peak, log,
                           state=state, baseline=baseline, baseline_state_dict=baseline_weights)

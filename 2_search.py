@@ -13,7 +13,6 @@ costs tells the genetic algorithm where to save. A score is the loss on the held
 with BN statistics of its own; in an untrained supernet how little the logits correlate with the
 unpruned network's, and there the best few are fitted in turn and scored again.
 """
-import argparse
 import contextlib
 import functools
 import glob
@@ -28,17 +27,14 @@ import time
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 
-from blocks import (UserError, answers, at_least, atomic_write, bn_statistics, build, cost,
+from blocks import (Parser, UserError, answers, at_least, atomic_write, bn_statistics, build, cost,
                     evaluate, finish, fit, latencies, make_loader, merge, not_fitted, outermost,
                     print_table, progress_bar, prunable_blocks, rank_and_world, read_checkpoint,
                     read_subnet, recalibrate, run, run_flags, save, set_subnet, start)
 
-parser = argparse.ArgumentParser(description="Stage 2 of 4: searches for the blocks to prune.",
-                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+parser = Parser(description="Stage 2 of 4: searches for the blocks to prune.")
 flag, share = parser.add_argument, at_least(0, float, 1)
 flag("--supernet", default="runs/supernet.pt", metavar="FILE", help="stage 1's checkpoint")
 flag("--data-dir", metavar="DIR", help="where the images are (None: where stage 1 found them)")
@@ -83,7 +79,6 @@ def to_candidate(prune, blocks):
                  for name, of_block in blocks.items())
 
 
-@torch.no_grad()
 def block_savings(model, blocks, input_size):
     """Costs of the merged network with nothing pruned, and what each gene saves: {block: [nothing,
     its first rung, …]}, each a dict. They add up exactly. Moves the model to the meta device."""
@@ -93,7 +88,7 @@ def block_savings(model, blocks, input_size):
 
     model.to("meta").eval()
     unpruned, savings, inputs = merged_cost([], model, input_size), {}, {}
-    with register_module_forward_pre_hook(lambda module, x: inputs.update({module: x})):
+    with nn.modules.module.register_module_forward_pre_hook(lambda m, x: inputs.update({m: x})):
         model(torch.empty(1, *input_size, device="meta"))
     modules = prunable_blocks(model)
     for name, rungs in progress_bar(blocks.items(), "costs", unit="block"):
@@ -141,7 +136,7 @@ def measure_blocks(model, blocks, images, count=16, rounds=9):
     networks[0](images)
     for hook in hooks:
         hook.remove()
-    spans = {name: [] for name in blocks}  # start and end of every run
+    spans = {}  # of each block: start and end of every run
     for network, name in itertools.product(networks, blocks):
         block = network.get_submodule(name)
         block.register_forward_pre_hook(lambda *_, name=name: spans[name].append([stamp()]))
@@ -149,15 +144,13 @@ def measure_blocks(model, blocks, images, count=16, rounds=9):
     times = {(name, gene): [] for name, n in zip(blocks, forms) for gene in range(n)}
     turns = list(zip(subnets, networks, totals)) * rounds
     for subnet, network, total in progress_bar(turns, "latency", unit="subnet"):
-        for runs in spans.values():
-            runs.clear()
+        spans.update({name: [] for name in blocks})
         for _ in range(1 + max(2, round(0.1 / total))):  # the first run does not count
             network(images)
         if cuda:
             torch.cuda.synchronize()
-        spent = {name: statistics.median(
-            begin.elapsed_time(end) / 1e3 if cuda else end - begin for begin, end in runs[1:])
-            for name, runs in spans.items()}
+        spent = {name: statistics.median(a.elapsed_time(b) / 1e3 if cuda else b - a
+                                         for a, b in runs[1:]) for name, runs in spans.items()}
         for name, gene in zip(blocks, subnet):  # without its attention's, a choice of its own
             inner = sum(spent[other] for other in blocks if other.startswith(f"{name}."))
             times[name, gene].append(spent[name] - inner)
@@ -214,7 +207,7 @@ def latency_table(path, checkpoint, model, blocks, images):
             print("this machine is too busy to time networks: these latencies are not kept, and a"
                   " budget of --latency may not hold. Leave it alone meanwhile")
     if rank_and_world()[1] > 1:
-        dist.broadcast_object_list(tables)
+        torch.distributed.broadcast_object_list(tables)
     return tables[0]
 
 
@@ -347,7 +340,7 @@ def share_out(work, items, name, rounds=0):
     mine = [work(item) for item in progress_bar(mine, name, rounds, unit="subnet")]
     parts = [mine] * world
     if world > 1:
-        dist.all_gather_object(parts, mine)
+        torch.distributed.all_gather_object(parts, mine)
     return list(itertools.chain(*parts))
 
 
@@ -378,13 +371,12 @@ def search(score, budget, population, generations, seed, cost_key="macs", scores
         generations = -(-len(everything) // population)
         print(f"{len(everything)} subnets keep to the budget: scoring all of them")
     else:  # first, what each gene does by itself: it tells what to prune where more has to go
-        alone = [tuple(gene if j == i else 0 for j in range(len(sizes)))
-                 for i, size in enumerate(sizes) for gene in range(size)]
-        fresh = [candidate for candidate in dict.fromkeys(alone) if candidate not in scores]
+        alone = [[tuple(gene if j == i else 0 for j in range(len(sizes))) for gene in range(size)]
+                 for i, size in enumerate(sizes)]
+        fresh = [c for c in dict.fromkeys(itertools.chain(*alone)) if c not in scores]
         for candidate, result in zip(fresh, share_out(score, fresh, "one by one", 1)):
             scores[candidate] = {**result, "generation": 0}
-        losses = (scores[candidate]["loss"] for candidate in alone)
-        loss_alone = [[min(1e9, next(losses)) for _ in range(size)] for size in sizes]  # NaN, too
+        loss_alone = [[min(1e9, scores[c]["loss"]) for c in genes] for genes in alone]  # NaN, too
         if fresh:  # else they are in `scores`, maybe with later ones: that state must stay
             keep(0, scores)
     for generation in range(first, generations):
@@ -401,12 +393,10 @@ def search(score, budget, population, generations, seed, cost_key="macs", scores
                 for i, size in enumerate(sizes):
                     if rng.random() < 1 / len(sizes):  # mutation
                         child[i] = (child[i] + rng.randrange(1, size)) % size
-            child = repair(child, rng, loss_alone)
-            if child not in scores:
+            if (child := repair(child, rng, loss_alone)) not in scores:
                 fresh.add(child)
         if not exact:  # what promises most, by the losses of its genes alone, and a few at random
-            promise = {c: sum(row[gene] for row, gene in zip(loss_alone, c)) for c in fresh}
-            fresh = sorted(fresh, key=lambda c: (promise[c], c))
+            fresh = sorted(fresh, key=lambda c: (sum(row[g] for row, g in zip(loss_alone, c)), c))
             few = min(population // 4, len(fresh[population:]))
             fresh = fresh[:population - few] + rng.sample(fresh[population - few:], few)
         # Sorted, those with the same first blocks are neighbours
@@ -416,9 +406,8 @@ def search(score, budget, population, generations, seed, cost_key="macs", scores
             scores[child] = {**result, "generation": generation + 1}
         keep(generation + 1, scores)
         best = scores[next(filter(fits, ranked(scores, cost_key)))]
-        speed = len(fresh) / (time.time() - started)
         print(f"{name}  scored {len(scores)}  best loss {best['loss']:.4f}  top-1"
-              f" {best['top1']:.2f} %  {speed:.2f} subnets/s")
+              f" {best['top1']:.2f} %  {len(fresh) / (time.time() - started):.2f} subnets/s")
     return scores, exact
 
 
@@ -535,14 +524,13 @@ def main():
         return
 
     def save_subnet(candidate, path, **notes):
-        costs = {key: scores[candidate][key] for key in unpruned}
-        found = {key: scores[candidate][key] for key in ("loss", "top1", "generation")}
-        prune = to_prune(candidate, blocks)
+        s, prune = scores[candidate], to_prune(candidate, blocks)
+        found = {key: s[key] for key in ("loss", "top1", "generation")}
         save({"format": 1, "model": checkpoint["model"],
               "prune": prune if max(candidate) > 1 else list(prune),  # all of their first rung
               "model_args": checkpoint["model_args"], "input_size": data["input_size"],
-              "baseline": baseline, "merged": costs, "search": {**found, **notes},
-              "flags": vars(args)}, path)
+              "baseline": baseline, "merged": {key: s[key] for key in unpruned},
+              "search": {**found, **notes}, "flags": vars(args)}, path)
 
     def words(candidate):
         return " ".join(name if gene == 1 else f"{name}:{blocks[name][gene - 1]}"
@@ -551,9 +539,8 @@ def main():
     def keep(generation, scores):
         save([{"prune": words(c), "blocks": len(to_prune(c, blocks)), **s}
               for c, s in scores.items()], f"{root}.search.csv")
-        save({"stage": "unfinished run", "flags": vars(args), "budget": number,
-              "generation": generation, "scores": list(scores.items()), "timed": timed},
-             args.out + ".last")
+        save({"stage": "unfinished run", "flags": vars(args), "budget": number, "timed": timed,
+              "generation": generation, "scores": list(scores.items())}, args.out + ".last")
 
     first_budget, first, scores = 0, 0, ()
     if state:
@@ -576,9 +563,8 @@ def main():
         if trained and equal > 1:
             print(f"{equal} subnets have this loss: this one costs least")
         if args.latency and rank_and_world()[0] == 0:
-            networks = [merged_on(build(checkpoint), prune, device)
-                        for prune in ([], to_prune(best, blocks))]
-            seconds = latencies(networks, images)[:, 1]
+            seconds = latencies([merged_on(build(checkpoint), prune, device)
+                                 for prune in ([], to_prune(best, blocks))], images)[:, 1]
             notes["timed_latency"] = dict(zip(("baseline", "merged"), seconds))
             print(f"latency: predicted {scores[best]['latency'] / unpruned['latency']:.3f} of the"
                   f" baseline's, the merged network itself {seconds[1] / seconds[0]:.3f}")

@@ -19,16 +19,16 @@ import os
 import torch
 import torch.nn.functional as F
 
-from blocks import (BatchNorm, UserError, answers, at_least, atomic_write, bn_statistics, build,
-                    cost, default_end_act, evaluate, finish, fit, insert_end_acts, label_loss,
-                    make_loader, make_prunable, merge, not_fitted, outputs_of, print_table,
-                    prunable_blocks, rank_and_world, read_checkpoint, read_subnet, recalibrate, run,
-                    run_flags, save, set_subnet, spare_weights, start, train, training_flags)
+from blocks import (BatchNorm, Parser, UserError, answers, at_least, atomic_write, bn_statistics,
+                    build, cost, default_end_act, evaluate, finish, fit, insert_end_acts,
+                    label_loss, make_loader, make_prunable, merge, not_fitted, outputs_of,
+                    print_table, prunable_blocks, rank_and_world, read_checkpoint, read_subnet,
+                    recalibrate, run, run_flags, save, set_subnet, spare_weights, start, train,
+                    training_flags)
 
 FEATURES = 5  # weight of the features' distance beside the cross entropy of the answers
 HOLD = 0.5  # share of the steps at the full rate: it should not fall before lam is 1
-parser = argparse.ArgumentParser(description="Stage 3 of 4: trains the subnet from lam = 0 to 1.",
-                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+parser = Parser(description="Stage 3 of 4: trains the subnet from lam = 0 to 1.")
 flag, share = parser.add_argument, at_least(0, float, 1)
 flag("--supernet", default="runs/supernet.pt", metavar="FILE", help="stage 1's checkpoint")
 flag("--subnet", default="runs/subnet.json", metavar="FILE", help="stage 2's spec, or your own")
@@ -144,9 +144,8 @@ def main():
     if args.features and not prune:
         args.epochs = 0  # Adam would make steps of rounding errors
         print("nothing is pruned, so there is nothing to learn")
-    end_act = args.end_act
-    if end_act is None:  # without training they only harm
-        end_act = args.epochs > 0 and default_end_act(model, form, prune)
+    end_act = args.epochs > 0 and default_end_act(model, form, prune)  # untrained they only harm
+    end_act = end_act if args.end_act is None else args.end_act
     if end_act:
         insert_end_acts(model)
     spare_weights(args, flags, model, prune)

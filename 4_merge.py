@@ -10,21 +10,18 @@ was trained further, {**checkpoint, "state_dict": …}, is exported with --subne
 Merging is done in float64. If merged and unmerged differ on the validation images, it exits with
 status 1 and writes nothing.
 """
-import argparse
 import contextlib
-import copy
 import importlib.util
 import json
 import os
 
 import torch
-import torch.nn as nn
 
-from blocks import (UserError, answers, at_least, atomic_write, build, cost, evaluate, latencies,
-                    make_loader, merge, print_table, read_checkpoint, run, run_flags, save, start)
+from blocks import (Parser, UserError, answers, at_least, atomic_write, build, cost, evaluate,
+                    latencies, make_loader, merge, print_table, read_checkpoint, run, run_flags,
+                    save, start)
 
-parser = argparse.ArgumentParser(description="Stage 4 of 4: merges, checks, exports and times.",
-                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+parser = Parser(description="Stage 4 of 4: merges, checks, exports and times.")
 flag = parser.add_argument
 flag("--subnet", default="runs/subnet.pt", metavar="FILE", help="stage 3's checkpoint")
 flag("--data-dir", metavar="DIR", help="where the images are (None: where stage 1 found them)")
@@ -41,10 +38,8 @@ flag("--out", default="runs/merged.pt", metavar="FILE",
 def check(names, ours, theirs, batches, bound, rounding=0.0):
     """Prints and returns how far two networks' logits are apart. UserError where that is more than
     `bound` times their standard deviation, and than twice `rounding`, one network's own error."""
-    logits = []
-    for images, _ in batches:
-        images = images.to(next(ours.parameters()).dtype)
-        logits.append((ours(images), theirs(images)))
+    dtype = next(ours.parameters()).dtype
+    logits = [(ours(x), theirs(x)) for x in (images.to(dtype) for images, _ in batches)]
     a, b = map(torch.cat, zip(*logits))
     error, equal = (a - b).abs().max().item(), (a.argmax(1) == b.argmax(1)).sum()
     bound = max(bound * a.std().item(), 2 * rounding)  # two errors of that size may add up
@@ -63,10 +58,10 @@ def write(args, paths, merged, about, batches, rounding):
     outside, mean, std = about, 0, 1  # exports take images * std + mean
     if args.fold_normalization:
         mean, std = (torch.tensor(about[key]).view(-1, 1, 1) for key in ("mean", "std"))
-        normalize = nn.Conv2d(len(mean), len(mean), 1, groups=len(mean)).requires_grad_(False)
+        normalize = torch.nn.Conv2d(len(mean), len(mean), 1, groups=len(mean)).requires_grad_(False)
         normalize.weight.copy_(1 / std[:, None])
         normalize.bias.copy_((-mean / std).flatten())
-        network = nn.Sequential(normalize, network).eval()
+        network = torch.nn.Sequential(normalize, network).eval()
         outside = {**about, "mean": [0.0] * len(mean), "std": [1.0] * len(mean)}
     images, outside = torch.zeros(2, *about["input_size"]), json.dumps(outside)
     batch = torch.export.Dim("batch", max=2**31 - 1)  # torch 2.6: attention needs a maximum
@@ -131,7 +126,7 @@ def main():
                             for limit in (None, 512, 64))
     torch.backends.cudnn.allow_tf32, tf32 = False, torch.backends.cudnn.allow_tf32
     model.double().to(device)
-    merged, rounded = merge(model), copy.deepcopy(model).float()
+    merged, rounded = merge(model), build(checkpoint).to(device)
     check("merged against unmerged", model, merged, val_64, 1e-10)
     rounding = check("unmerged, in float32, against float64", model,
                      lambda images: rounded(images.float()).double(), val, 1e-2)
@@ -152,8 +147,7 @@ def main():
                 "merged": build(read_checkpoint(args.out))}
     facts, rows, wanted = [], [], answers(baseline.to(device), val)
     for name, network in networks.items():
-        network.to(device, memory_format=torch.channels_last)  # faster for each of them
-        found = evaluate(network, val, logits=wanted)
+        found = evaluate(network.to(device, memory_format=torch.channels_last), val, logits=wanted)
         facts.append({"network": name, **cost(network, data["input_size"]),
                       "top1": found["top1"], "agreement": found["agreement"]})
     for compiled in (False, True)[:1 + args.compile]:

@@ -45,7 +45,6 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import Mixup, add_img_extensions
 from timm.data.loader import PrefetchLoader, fast_collate
 from timm.layers import Conv2dSame, Mlp, conv2d_same
 from timm.models import _efficientnet_blocks, convnext, resnet, vision_transformer
@@ -57,11 +56,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-if os.name == "posix":  # not on Windows
-    import fcntl
-
 BatchNorm = nn.modules.batchnorm._BatchNorm  # 1d, 2d, Sync and timm's BatchNormAct2d alike
-add_img_extensions((".bmp", ".tif", ".tiff", ".webp"))  # timm's folders leave them out otherwise
+timm.data.add_img_extensions((".bmp", ".tif", ".tiff", ".webp"))  # else its folders lack them
 
 
 class UserError(ValueError):
@@ -180,8 +176,7 @@ class Prunable:
             act.inplace = False  # its input is the block's
             return act
         layers = fold_norms(self.fitted[self.rung]) if self.rung in self.fitted else self.composed()
-        if len(layers) == 1:
-            skip = fold_skip(layers[0], skip)
+        skip = fold_skip(layers[0], skip) if len(layers) == 1 else skip
         return MergedBlock(layers[0] if len(layers) == 1 else nn.Sequential(*layers), skip, act)
 
 
@@ -193,8 +188,7 @@ class MergedBlock(nn.Module):
         self.main, self.skip, self.act = main, skip, act or nn.Identity()
 
     def forward(self, x):
-        y = self.main(x)
-        return self.act(y if self.skip is None else y + self.skip(x))
+        return self.act(self.main(x) if self.skip is None else self.main(x) + self.skip(x))
 
 
 def is_conv1x1(skip):
@@ -206,9 +200,8 @@ def is_conv1x1(skip):
 def fold_skip(layer, skip):
     """Adds the skip to a linear layer or a conv's centre taps, in place, or returns it."""
     centre = layer.weight if layer.weight.ndim == 2 else centre_taps(layer.weight, 1)[:, :, 0, 0]
-    if isinstance(skip, nn.Identity):
-        channels = torch.arange(len(centre), device=centre.device)
-        centre[channels, channels % centre.shape[1]] += 1  # a depthwise conv has one input for each
+    if isinstance(skip, nn.Identity):  # a depthwise conv has one input for each channel
+        (centre if centre.shape[1] == 1 else centre.diagonal()).add_(1)
     elif is_conv1x1(skip):
         shortcut = fuse_conv_bn_eval(*skip)  # it sees the pixels of the centre tap
         centre += shortcut.weight[:, :, 0, 0]
@@ -302,21 +295,16 @@ class PrunableConvs(Prunable):
 
     def fitted_layers(self, rung):
         like, inputs, outputs, size = self.shape()
-
-        def new_conv(outputs, size, groups=1):
-            weight = like.weight.new_empty(outputs, inputs // groups, size, size)
-            nn.init.kaiming_normal_(weight, mode="fan_out")
-            return conv_like(like, weight, None, groups)
-
-        if rung in ("separable", "lowrank"):
-            first = new_conv(self.rank, 1) if rung == "lowrank" else new_conv(inputs, size, inputs)
-            convs = [first, nn.Conv2d(first.out_channels, outputs, 1, bias=False)]
-        else:
-            convs = [new_conv(outputs, 1 if rung == "1x1" else size)]
+        size = size if rung in ("dense", "separable") else 1
+        inner = {"separable": inputs, "lowrank": getattr(self, "rank", None)}.get(rung)
+        groups = inputs if rung == "separable" else 1
+        weight = like.weight.new_empty(inner or outputs, inputs // groups, size, size)
+        nn.init.kaiming_normal_(weight, mode="fan_out")
+        convs = [conv_like(like, weight, None, groups)]
+        if inner:
+            convs.append(nn.Conv2d(inner, outputs, 1, bias=False))
         bn = nn.BatchNorm2d(outputs)  # without it, networks of many fitted blocks train worse
-        if self.skip_module() is not None:  # else nothing would be left
-            zero(bn)
-        return [*convs, bn]
+        return [*convs, bn if self.skip_module() is None else zero(bn)]  # or nothing would be left
 
     def linear_inputs(self, x):
         """What each output pixel of a dense conv sees of x: (B·H·W, C·size²). A conv with one tap
@@ -395,10 +383,9 @@ def make_prunable(model, form="reparam", end_act=None, attention=False):
             for rung in block.rungs[reparam:]}).to(next(block.parameters())).train(block.training)
         block.norm_bn = block.reparam_norm() if reparam else None
 
-    for module in list(model.modules()):
-        for family in FAMILIES:
-            if type(module) is family.timm_class and not family.why_not_prunable(module):
-                convert(module, family)
+    for module, family in itertools.product(model.modules(), FAMILIES):
+        if type(module) is family.timm_class and not family.why_not_prunable(module):
+            convert(module, family)
     if not (blocks := prunable_blocks(model)):
         kinds = sorted({type(module).__name__ for module in model.modules()})
         kinds = ", ".join(kind for kind in kinds if "Block" in kind or "Bottleneck" in kind)
@@ -424,10 +411,8 @@ def default_end_act(model, form, prune=()):
     of which all are pruned nothing else is nonlinear. While some stay, it is better only in
     ConvNeXts of the paper's form: it would clip the few channels in inverted residuals' skips."""
     blocks = prunable_blocks(model)
-    if any(block.stays_nonlinear for block in blocks.values()):
-        return False
     if blocks.keys() == set(prune) and not not_prunable(model):
-        return True
+        return not any(block.stays_nonlinear for block in blocks.values())
     return form == "reparam" and all(isinstance(b, PrunableConvNeXtBlock) for b in blocks.values())
 
 
@@ -611,10 +596,9 @@ class PrunableInvertedResidual(PrunableConvs, _efficientnet_blocks.InvertedResid
     def merged_size(self):
         """Of the dense conv's kernel; None where any would cost more MACs than the block."""
         pw, dw, pwl, s2 = self.conv_pw, self.conv_dw, self.conv_pwl, math.prod(self.conv_dw.stride)
-        baseline = s2 * pw.weight.numel() + dw.weight.numel() + pwl.weight.numel()
-        sizes = (dw.kernel_size[0], 3) if dw.kernel_size[0] % 2 else ()
-        return next((k for k in sizes if k <= dw.kernel_size[0]
-                     and k ** 2 * pw.in_channels * pwl.out_channels < baseline), None)
+        macs = s2 * pw.weight.numel() + dw.weight.numel() + pwl.weight.numel()  # per output pixel
+        sizes = (dw.kernel_size[0], min(dw.kernel_size[0], 3)) if dw.kernel_size[0] % 2 else ()
+        return next((k for k in sizes if k ** 2 * pw.in_channels * pwl.out_channels < macs), None)
 
     def ladder(self):
         # TensorFlow's padding would move a 1x1 conv with a stride off the centre tap
@@ -626,16 +610,13 @@ class PrunableInvertedResidual(PrunableConvs, _efficientnet_blocks.InvertedResid
         if lam == 0:
             z = self.se(bn2(self.conv_dw(bn1(self.conv_pw(x)))))
         else:
-            z = fade(bn1.act, norm(bn1, self.conv_pw(x)), lam)
-            z = z - lam * bn_shift(bn1).view(-1, 1, 1)
-            z = norm(bn2, fade_taps(self.conv_dw, z, self.merged_size(), lam))
-            z = fade(bn2.act, z, lam)
+            z = fade(bn1.act, norm(bn1, self.conv_pw(x)), lam) - lam * bn_shift(bn1).view(-1, 1, 1)
+            z = fade(bn2.act, norm(bn2, fade_taps(self.conv_dw, z, self.merged_size(), lam)), lam)
         return self.bn3(self.conv_pwl(z))
 
     def composed(self):
         pw, dw, pwl = self.folded()
-        taps = centre_taps(dw.weight, self.merged_size())  # (M, 1, k, k), pw.weight (M, I, 1, 1)
-        dense = taps * pw.weight, dw.bias
+        dense = centre_taps(dw.weight, self.merged_size()) * pw.weight, dw.bias  # (M, I, k, k)
         return [conv_like(self.conv_dw, *compose(dense, weight_and_bias(pwl)))]
 
 
@@ -700,9 +681,8 @@ class PrunableConvNeXtBlock(Prunable, convnext.ConvNeXtBlock):
     skip_module = lambda self: self.shortcut
     linear_inputs = lambda self, x: pixel_rows(self.conv_dw(x))
     ladder = lambda self: ["separable", "depthwise"]
-
-    def reparam_norm(self):
-        return replace_norm(self.norm, nn.BatchNorm2d(self.conv_dw.out_channels), self.conv_dw)
+    reparam_norm = lambda self: replace_norm(
+        self.norm, nn.BatchNorm2d(self.conv_dw.out_channels), self.conv_dw)
 
     def reparam_layers(self, x, lam):
         def last(layer, z):  # on channels that are last
@@ -743,6 +723,10 @@ class PrunableViTBlock(Prunable, vision_transformer.Block):
     drop_path = property(lambda self: self.drop_path2)
     skip_module = lambda self: nn.Identity()
     fitted_layers = lambda self, rung: bn_linear(self.mlp.fc2.out_features)
+    reparam_norm = lambda self: replace_norm(
+        self.norm2, nn.BatchNorm1d(self.mlp.fc1.in_features), self.mlp.fc1)
+    composed = lambda self: [linear_after(
+        self.norm_bn, *compose_mlp(self.mlp, getattr(self.ls2, "gamma", None)))]
 
     @staticmethod
     def why_not_prunable(block):
@@ -753,16 +737,9 @@ class PrunableViTBlock(Prunable, vision_transformer.Block):
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **attn_args)))
         return x, x
 
-    def reparam_norm(self):
-        return replace_norm(self.norm2, nn.BatchNorm1d(self.mlp.fc1.in_features), self.mlp.fc1)
-
     def reparam_layers(self, x, lam, **attn_args):
         z = blend(lambda: self.norm2(x), lambda: on_rows(self.norm_bn, x), lam)
         return self.ls2(fade_mlp(self.mlp, z, lam))
-
-    def composed(self):
-        layers = compose_mlp(self.mlp, getattr(self.ls2, "gamma", None))
-        return [linear_after(self.norm_bn, *layers)]
 
     def fuse(self):
         attn = self.attn.fuse() if isinstance(self.attn, Prunable) else self.attn
@@ -795,12 +772,10 @@ class PrunableAttention(Prunable, vision_transformer.Attention):
     why_not_reparam = staticmethod(lambda block: "attention")
     stays_nonlinear = True  # the last block's attention stays
     fitted_layers = lambda self, rung: bn_linear(self.proj.out_features)
-
-    def reparam_layers(self, x, lam, **attn_args):  # of timm only: it is never of the paper's form
-        return super(Prunable, self).forward(x, **attn_args)
-
-    def merged(self):
-        return nn.Identity() if self.rung == "skip" else fold_norms(self.fitted["linear"])[0]
+    # Of timm only: it is never of the paper's form
+    reparam_layers = lambda self, x, lam, **attn_args: super(Prunable, self).forward(x, **attn_args)
+    merged = lambda self: (nn.Identity() if self.rung == "skip"
+                           else fold_norms(self.fitted["linear"])[0])
 
 
 FAMILIES = (PrunableBasicBlock, PrunableBottleneck, PrunableInvertedResidual, PrunableConvNeXtBlock,
@@ -810,8 +785,7 @@ FAMILIES = (PrunableBasicBlock, PrunableBottleneck, PrunableInvertedResidual, Pr
 # ---- the fitted form in closed form --------------------------------------------------------------
 
 @torch.no_grad()
-def fit(model, prune, batches, in_turn=True, ridge=1e-2, pixels=8192, max_bytes=2**32,
-        chain=True):
+def fit(model, prune, batches, in_turn=True, ridge=1e-2, pixels=8192, max_bytes=2**32, chain=True):
     """Solves the fitted form of the blocks in `prune`, as for set_subnet, by least squares on
     `batches` (an iterable of images, or of pairs of them and labels): its output is to reproduce
     that of the block in the unpruned network. Nothing else changes; the model is left in eval mode
@@ -872,47 +846,44 @@ def fit(model, prune, batches, in_turn=True, ridge=1e-2, pixels=8192, max_bytes=
     def full():
         return number > 0 and sum(x.nbytes for x in waiting) > max_bytes
 
-    hooks = [blocks[name].register_forward_pre_hook(go_on)
-             for name in dict.fromkeys(outermost(name, blocks) for name in todo) if in_turn]
-    for name in todo:
-        blocks[name].forward = functools.partial(visit, blocks[name])
-    try:
-        rounds = [[name] for name in todo] if in_turn or not todo else [todo]
-        for goals in progress_bar(rounds, "fit", 1, unit="block"):
-            stop = blocks[outermost(goals[0], blocks)]
-            sums = {blocks[name]: (0, 0, torch.Generator().manual_seed(0)) for name in goals}
-            # Once inputs wait at `start`, what goes through the network up to there is not used
-            again = itertools.repeat(any_image, len(waiting))
-            for number, images in enumerate(progress_bar(again if start else batches, "fit")):
-                images = images_in(images)
-                if in_turn and not start:
-                    images = torch.cat([images, images])
-                    any_image = images[:1].expand(3, -1, -1, -1)  # of no batch's length
-                with contextlib.suppress(Solvable):
-                    model(images)
-                if full():
-                    print(f"the fit takes {number} batches only: they fill its memory")
-                    del waiting[number:]
-                    break
-            for name in goals:
-                block, moments = blocks[name], centre(*sums[blocks[name]][:2], name)
-                for rung in [block.rung] if in_turn else block.fitted:
-                    if rung != "skip":
-                        block.solve_rung(rung, *moments, ridge)
-                check_finite(block.fitted, f"the fitted {name}")
-            start = stop if chain else None
-    except torch.linalg.LinAlgError as error:
-        raise UserError(f"{name} cannot be fitted: {error}") from error
-    except RuntimeError:
-        if not start:
-            raise
-    else:
-        return
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with contextlib.ExitStack() as stack:  # takes all of this away again
+        for name in dict.fromkeys(outermost(name, blocks) for name in todo) if in_turn else ():
+            stack.enter_context(blocks[name].register_forward_pre_hook(go_on))
         for name in todo:
-            del blocks[name].forward
+            blocks[name].forward = functools.partial(visit, blocks[name])
+            stack.callback(delattr, blocks[name], "forward")
+        try:
+            rounds = [[name] for name in todo] if in_turn or not todo else [todo]
+            for goals in progress_bar(rounds, "fit", 1, unit="block"):
+                stop = blocks[outermost(goals[0], blocks)]
+                sums = {blocks[name]: (0, 0, torch.Generator().manual_seed(0)) for name in goals}
+                # Once inputs wait at `start`, what goes through the network up to there is not used
+                again = itertools.repeat(any_image, len(waiting))
+                for number, images in enumerate(progress_bar(again if start else batches, "fit")):
+                    images = images_in(images)
+                    if in_turn and not start:
+                        images = torch.cat([images, images])
+                        any_image = images[:1].expand(3, -1, -1, -1)  # of no batch's length
+                    with contextlib.suppress(Solvable):
+                        model(images)
+                    if full():
+                        print(f"the fit takes {number} batches only: they fill its memory")
+                        del waiting[number:]
+                        break
+                for name in goals:
+                    block, moments = blocks[name], centre(*sums[blocks[name]][:2], name)
+                    for rung in [block.rung] if in_turn else block.fitted:
+                        if rung != "skip":
+                            block.solve_rung(rung, *moments, ridge)
+                    check_finite(block.fitted, f"the fitted {name}")
+                start = stop if chain else None
+        except torch.linalg.LinAlgError as error:
+            raise UserError(f"{name} cannot be fitted: {error}") from error
+        except RuntimeError:
+            if not start:
+                raise
+        else:
+            return
     # What a block gets is not all that reaches the next one
     print("fitting each block through the whole network, as they do not run one by one")
     fit(model, prune, batches, in_turn, ridge, pixels, max_bytes, chain=False)
@@ -997,7 +968,6 @@ def check_finite(model, what, hint=""):
         raise UserError(f"not all weights of {what} are finite{hint}")
 
 
-@torch.no_grad()
 def cost(model, input_size):
     """{"params", "macs"} of a forward pass on (1, *input_size), counted on the meta device."""
     model = copy.deepcopy(model).to("meta", torch.float).eval()
@@ -1112,7 +1082,11 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
-        LOCKS.clear()
+        run.lock = None  # the file that `start` locks, as long as it is open
+
+
+Parser = functools.partial(argparse.ArgumentParser,
+                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
 
 def at_least(low, kind=int, high=float("inf")):
@@ -1139,8 +1113,7 @@ def run_flags(parser, resume=True):
 def spare_weights(args, stage1_flags, model, prune=()):
     """Sets --lr, if it is not given, to 1e-3, or to 1e-4 where stage 1 took the weights of `model`.
     There BN's statistics in front of the first block in `prune` move slowly, too; with --features
-    nothing there moves. One epoch on 923 photos at 1e-3, nothing pruned: MobileNetV2 from 85 to
-    42 %, EfficientNet-Lite0 87 to 70 %."""
+    nothing there moves. (An epoch on 923 photos at 1e-3 takes MobileNetV2 from 85 to 42 %.)"""
     given = stage1_flags["checkpoint"] or stage1_flags["pretrained"]
     features = getattr(args, "features", False)  # then all statistics stay
     if args.lr is None:
@@ -1180,9 +1153,6 @@ def training_flags(parser, warmup):
     flag("--compile", action="store_true", help="torch.compile: slow to start, faster later")
 
 
-LOCKS = []  # files that lock while they are open, and that this process lives
-
-
 def start(parser, *inputs, last_output=lambda args: args.out, read=read_checkpoint):
     """How a stage begins. inputs: the flags that name input files, whose content counts for what a
     run computes. last_output(args): the file that is written last, which `read` opens. Returns
@@ -1211,11 +1181,12 @@ def start(parser, *inputs, last_output=lambda args: args.out, read=read_checkpoi
         raise UserError(f"{flag} does not work here: {str(error).splitlines()[0]}") from error
     if rank_and_world()[0] > 0:  # of torchrun's processes only the first prints
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
-    elif os.name == "posix":
+    elif os.name == "posix":  # not on Windows
+        import fcntl
         name = f"updp-{zlib.crc32(os.path.realpath(args.out).encode()):08x}.lock"
-        LOCKS.append(open(os.path.join(tempfile.gettempdir(), name), "a"))
+        run.lock = open(os.path.join(tempfile.gettempdir(), name), "a")
         try:
-            fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)  # loaders do not inherit it
+            fcntl.lockf(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loaders do not inherit it
         except OSError:
             raise UserError(f"another run writes {args.out} at this moment: give another --out")
     files = list(filter(os.path.isfile, [getattr(args, flag) or "" for flag in inputs]))
@@ -1369,9 +1340,8 @@ def open_dataset(data, part):
             name, root=root, split={"train": "train", "val": "validation"}[part],
             search_split=bool(name), download=name.startswith("torch/"), **options)
     except (RuntimeError, AssertionError, ValueError, ImportError) as error:
-        known = f" (looking for classes {', '.join(data['classes'][:3])} ...)" if options else ""
-        raise UserError(f"cannot open {name or root}: {str(error).splitlines()[0]}{known}"
-                        ) from error
+        why = f" (looking for classes {', '.join(data['classes'][:3])} ...)" if options else ""
+        raise UserError(f"cannot open {name or root}: {str(error).splitlines()[0]}{why}") from error
     if isinstance(dataset, torch.utils.data.IterableDataset):
         raise UserError(f"{name} is a stream, of which no part can be held back: use another")
     if len(dataset) == 0:
@@ -1392,8 +1362,7 @@ def make_loader(data, part, batch_size, device, workers=0, limit=None, split=Fal
                         f" but {len(dataset)}, or other names or labels: run stage 1 again, or give"
                         " their folder with --data-dir")
     if part != "val":
-        held = torch.isin(indices, data["holdout"])
-        indices = indices[held if part == "holdout" else ~held]
+        indices = indices[torch.isin(indices, data["holdout"], invert=part == "train")]
     if limit and limit < len(indices):
         generator = torch.Generator().manual_seed(data["seed"])
         indices = indices[torch.randperm(len(indices), generator=generator)[:limit]]
@@ -1402,10 +1371,9 @@ def make_loader(data, part, batch_size, device, workers=0, limit=None, split=Fal
         raise UserError(f"{part}: only {len(indices)} images for {world} processes")
     try:
         transform = timm.data.create_transform(
-            tuple(data["input_size"]), is_training=bool(augment), color_jitter=0, mean=data["mean"],
-            std=data["std"], interpolation=data["interpolation"], crop_pct=data["crop_pct"],
-            crop_mode=data["crop_mode"], scale=data["scale"],
-            auto_augment=augment and augment.aa, use_prefetcher=True)
+            tuple(data["input_size"]), is_training=bool(augment), color_jitter=0,
+            auto_augment=augment and augment.aa, use_prefetcher=True, **{key: data[key] for key in (
+                "mean", "std", "interpolation", "crop_pct", "crop_mode", "scale")})
     except (AssertionError, KeyError, ValueError) as error:
         raise UserError(f"--aa {augment and augment.aa}: {error!r}; timm's notation is like"
                         " rand-m9-mstd0.5-inc1") from error
@@ -1492,7 +1460,7 @@ def train(model, step, measure, loader, args, name, epochs, peak, log, hold=0.0,
     hold = max(warmup, round(hold * steps))
     scheduler = CosineLRScheduler(optimizer, max(2, steps - hold), warmup_t=warmup,
                                   warmup_lr_init=peak / 10, warmup_prefix=True, t_in_epochs=False)
-    mixup = (args.mixup or args.cutmix) and Mixup(
+    mixup = (args.mixup or args.cutmix) and timm.data.Mixup(
         args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=model.num_classes)
     if mixup and loader.loader.batch_size % 2:
         raise UserError("--mixup and --cutmix need an even number of images a step, not"
@@ -1536,8 +1504,7 @@ def train(model, step, measure, loader, args, name, epochs, peak, log, hold=0.0,
         bar = progress_bar(loader, title, epochs.stop - epoch if epoch == first else 0)
         started = time.time()
         model.train()
-        for module in still:
-            module.eval()
+        nn.ModuleList(still).eval()
         for number, (images, labels) in enumerate(bar, done * len(loader)):
             scheduler.step_update(min(number, warmup) + max(0, number - hold))
             loss, shown = step(*(mixup(images, labels) if mixup else (images, labels)), number)
@@ -1563,9 +1530,8 @@ def train(model, step, measure, loader, args, name, epochs, peak, log, hold=0.0,
         check_finite(model, title, ". Try a lower --lr; --resume takes the epoch before")
         result = measure(best)
         write(row, result)
-        save({"stage": "unfinished run", "flags": vars(args), "log": log, **kept,
-              "epoch": epoch + 1, "result": result, "parts": [p.state_dict() for p in parts]},
-             args.out + ".last")
+        save({"stage": "unfinished run", "flags": vars(args), "log": log, **kept, "result": result,
+              "epoch": epoch + 1, "parts": [p.state_dict() for p in parts]}, args.out + ".last")
     return best, result
 
 
