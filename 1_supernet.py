@@ -336,9 +336,10 @@ def main():
     log = state["log"] if state else []
 
     # Baseline
+    if args.baseline_epochs is None:
+        args.baseline_epochs = 0 if trained else 10
+    epochs = range(args.baseline_epochs)
     spare_weights(args, vars(args), model)
-    epochs = args.baseline_epochs if args.baseline_epochs is not None else 0 if trained else 10
-    epochs = range(epochs)
     print(f"{args.model}, {len(data['classes'])} classes, {data['train_images']} training images,"
           f" {len(data['holdout'])} of them held back")
     if state and state.get("baseline"):

@@ -1106,7 +1106,7 @@ def run_flags(parser, resume=True):
     flag("--workers", type=at_least(0), default=min(2, torch.get_num_threads()),
          help="processes that load images")
     if resume:
-        flag("--seed", type=at_least(0), default=0, help="of all random numbers")
+        flag("--seed", type=at_least(0, high=2**31 - 1), default=0, help="of all random numbers")
         flag("--resume", action="store_true", help="go on from OUT.last, if any, with its flags")
 
 
@@ -1497,7 +1497,7 @@ def train(model, step, measure, loader, args, name, epochs, peak, log, hold=0.0,
               f"{row['images_per_s']:.0f} img/s", sep="  ")
 
     for epoch in range(first, epochs.stop):
-        random_seed(1000 * args.seed + epoch, rank)  # nothing depends on what came before
+        random_seed((1000 * args.seed + epoch) % 2**31, rank)  # nothing depends on what came before
         loader.sampler.set_epoch(epoch)
         done = epoch - epochs.start
         title = f"{name} {done + 1}/{len(epochs)}"

@@ -159,6 +159,13 @@ def test_weights_as_they_lie_around(kind, first, capsys):
     assert (said in capsys.readouterr().out) == new
 
 
+def test_a_new_classifier_is_trained_at_the_rate_of_given_weights(first, capsys):
+    torch.save(weights_of("test_resnet", classes=12), "mine.pth")
+    assert stage(f"{first} {QUICK} --checkpoint mine.pth") is None
+    said = capsys.readouterr().out
+    assert "given weights: learning rate 0.0001" in said and "baseline 10/10" in said
+
+
 def test_weights_that_do_not_fit_name_some_keys(first):
     torch.save(weights_of("test_vit"), "vit.pth")
     said = stage(f"{first} {QUICK} --checkpoint vit.pth")
