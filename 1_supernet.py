@@ -185,6 +185,10 @@ def describe_images(args):
     if not args.dataset and "val" not in data["answers"]:
         if unknown := sorted(set(val.reader.class_to_idx) - set(classes)):
             raise UserError(f"val has classes that train lacks: {', '.join(unknown[:5])}")
+    ours, theirs = (getattr(getattr(x, "reader", x), "class_to_idx", 0) for x in (train, val))
+    if args.dataset and ours != theirs:
+        raise UserError(f"--dataset {args.dataset}: val has other classes than train, or numbers"
+                        " them in another way: give folders, with --data-dir alone")
     if len(train) < 10:
         raise UserError(f"{len(train)} training images: ten are needed, as one in ten is held back")
     labels = [s[1] if isinstance(s, tuple) else s for s in samples_of(train)]
@@ -314,6 +318,9 @@ def main():
     if rank > 0:  # the first process draws or downloads what is not there yet
         torch.distributed.barrier()
     data = describe_images(args)
+    if state and state.get("fingerprint", data["fingerprint"]) != data["fingerprint"]:
+        raise UserError(f"{data['data_dir']} does not hold the images that this run began with:"
+                        " leave out --resume to start again")
     model, model_args, trained = make_baseline(args, data)
     if rank == 0 and world > 1:
         torch.distributed.barrier()
@@ -348,7 +355,8 @@ def main():
     else:
         step = sandwich(model, [], loader, epochs, args)
         model, result = train(model, step, lambda network: evaluate(network, val, split=True),
-                              loader, args, "baseline", epochs, args.lr, log, state=state)
+                              loader, args, "baseline", epochs, args.lr, log, state=state,
+                              fingerprint=data["fingerprint"])
         baseline, state = {**cost(model, data["input_size"]), **result}, None
         baseline_weights = {key: value.cpu().clone() for key, value in model.state_dict().items()}
 
@@ -386,7 +394,8 @@ def main():
     epochs = range(epochs.stop, epochs.stop + args.epochs)
     step = sandwich(model, blocks, loader, epochs, args, teacher)
     model, result = train(model, step, report, loader, args, "supernet", epochs, peak, log,
-                          state=state, baseline=baseline, baseline_state_dict=baseline_weights)
+                          state=state, baseline=baseline, baseline_state_dict=baseline_weights,
+                          fingerprint=data["fingerprint"])
     model.cpu()
     save({"stage": "supernet", "flags": vars(args), "model": args.model, "model_args": model_args,
           "data": data, "form": form, "end_act": None, "attention": args.attention,

@@ -82,19 +82,19 @@ def to_candidate(prune, blocks):
 def block_savings(model, blocks, input_size):
     """Costs of the merged network with nothing pruned, and what each gene saves: {block: [nothing,
     its first rung, …]}, each a dict. They add up exactly. Moves the model to the meta device."""
-    def merged_cost(prune, part, size):
+    def merged_cost(prune, part, shape):  # MobileViT folds patches into the batch
         set_subnet(model, prune)
-        return cost(merge(nn.Sequential(part)), size)
+        return cost(merge(nn.Sequential(part)), shape[1:], shape[0])
 
     model.to("meta").eval()
-    unpruned, savings, inputs = merged_cost([], model, input_size), {}, {}
+    unpruned, savings, inputs = merged_cost([], model, (1, *input_size)), {}, {}
     with nn.modules.module.register_module_forward_pre_hook(lambda m, x: inputs.update({m: x})):
         model(torch.empty(1, *input_size, device="meta"))
     modules = prunable_blocks(model)
     for name, rungs in progress_bar(blocks.items(), "costs", unit="block"):
         # An attention's cost is in the block around it, whose norm it takes along
         outer = modules[outermost(name, modules)]
-        costs = [merged_cost(prune, outer, inputs[outer][0].shape[1:])
+        costs = [merged_cost(prune, outer, inputs[outer][0].shape)
                  for prune in ([], *({name: rung} for rung in rungs))]
         savings[name] = [{key: costs[0][key] - one[key] for key in one} for one in costs]
     return unpruned, savings

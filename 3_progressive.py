@@ -69,7 +69,7 @@ def plot(log, baseline, path):
         steps, style = [row["step"] for row in rows], "-" if name == "subnet" else "--"
         if name == "subnet":
             above.plot(steps, [row["lam"] for row in rows], label="λ")
-            peak = max(row["lr"] for row in rows)
+            peak = max(row["lr"] for row in rows) or 1
             above.plot(steps, [row["lr"] / peak for row in rows], label=f"rate / {peak:.1e}")
         middle.plot(steps, [row["train_loss"] for row in rows], style, label=f"{name}, training")
         ends = [(row["step"], row["val_top1"]) for row in rows if "val_top1" in row]

@@ -968,11 +968,11 @@ def check_finite(model, what, hint=""):
         raise UserError(f"not all weights of {what} are finite{hint}")
 
 
-def cost(model, input_size):
-    """{"params", "macs"} of a forward pass on (1, *input_size), counted on the meta device."""
+def cost(model, input_size, batch=1):
+    """{"params", "macs"} of a forward pass on (batch, *input_size), counted on the meta device."""
     model = copy.deepcopy(model).to("meta", torch.float).eval()
     with FlopCounterMode(display=False) as counter:
-        model.requires_grad_(False)(torch.empty(1, *input_size, device="meta"))  # or it fails
+        model.requires_grad_(False)(torch.empty(batch, *input_size, device="meta"))  # or it fails
     return {"params": sum(p.numel() for p in model.parameters()),
             "macs": counter.get_total_flops() // 2}
 
@@ -1140,9 +1140,10 @@ def training_flags(parser, warmup):
     flag("--lr", type=positive, help="peak learning rate, which falls to 0 by a cosine (None: 1e-3,"
          " or 1e-4 where stage 1 took weights); of the paper's form stage 1 takes a fifth")
     flag("--warmup", type=share, default=warmup, metavar="R", help="share of steps before the peak")
-    flag("--opt", default="adamw", choices=list_optimizers(), metavar="NAME", help="one of timm's")
+    flag("--opt", default="adamw", choices=list_optimizers(exclude_filters="adahessian"),
+         metavar="NAME", help="one of timm's")
     flag("--weight-decay", type=positive, default=0.05, help="not for norms and biases")
-    flag("--clip-grad", type=positive, default=1.0, metavar="NORM", help="largest norm; inf: any")
+    flag("--clip-grad", type=positive, default=1.0, metavar="NORM", help="largest norm (0: any)")
     flag("--ema", type=share, metavar="DECAY", help="take a moving average of the weights: 0.9999")
     flag("--mixup", type=positive, default=0.0, metavar="ALPHA", help="mixup, e.g. 0.8")
     flag("--cutmix", type=positive, default=0.0, metavar="ALPHA", help="cutmix, e.g. 1.0")
@@ -1177,7 +1178,7 @@ def start(parser, *inputs, last_output=lambda args: args.out, read=read_checkpoi
         flag = "--compile"
         if getattr(args, "compile", False):
             torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ValueError) as error:
         raise UserError(f"{flag} does not work here: {str(error).splitlines()[0]}") from error
     if rank_and_world()[0] > 0:  # of torchrun's processes only the first prints
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
@@ -1194,7 +1195,7 @@ def start(parser, *inputs, last_output=lambda args: args.out, read=read_checkpoi
         raise UserError(f"--out {args.out} is an input, too: give another --out")
     args.checksums = {name: zlib.crc32(pathlib.Path(name).read_bytes()) for name in files}
     args.processes = rank_and_world()[1]
-    free = ["resume", "device", "workers", "out"]  # they do not change what is computed
+    free = ["resume", "device", "workers", "out", "plot"]  # they do not change what is computed
     free += ["data_dir"] if "supernet" in inputs else []  # later stages know the images
     changed = [f"{flag} {old}, now {now}" for flag, old in (state or {}).get("flags", {}).items()
                if flag not in free and (now := getattr(args, flag, None)) != old]
@@ -1509,7 +1510,7 @@ def train(model, step, measure, loader, args, name, epochs, peak, log, hold=0.0,
             scheduler.step_update(min(number, warmup) + max(0, number - hold))
             loss, shown = step(*(mixup(images, labels) if mixup else (images, labels)), number)
             all_reduce_mean([p.grad for p in model.parameters() if p.grad is not None])
-            torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
             optimizer.step()
             optimizer.zero_grad()
             if ema:

@@ -75,14 +75,15 @@ def test_a_budget_that_nothing_meets():
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet34", "mobilenetv2_100", "convnext_tiny", "deit_tiny_patch16_224"]
+    "name",
+    ["resnet34", "mobilenetv2_100", "convnext_tiny", "deit_tiny_patch16_224", "mobilevit_xxs"],
 )
 def test_savings_of_blocks_add_up(name):
     """To those of the merged network; and each rung saves more than the one before."""
     size = (3, 224, 224)
     with torch.device("meta"):
         model = timm.create_model(name)
-    make_prunable(model, attention="deit" in name)
+    make_prunable(model, attention="deit" in name or "vit" in name)
     rungs = {path: block.rungs for path, block in prunable_blocks(model).items()}
     unpruned, savings = search_script.block_savings(model, rungs, size)
     rng = random.Random(0)

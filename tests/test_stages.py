@@ -498,6 +498,10 @@ BAD_FIRST = {  # flags of stage 1, and what the error has to say
         "pretrained among the arguments",
     ),
     "unknown data set": ("--dataset torch/nothing", "nothing"),
+    "a data set's class only in val": (
+        "--dataset torch/image_folder --data-dir odd",
+        "val has other classes than train",
+    ),
 }
 
 

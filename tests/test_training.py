@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 
 import pytest
@@ -234,6 +235,18 @@ def test_spoilt_weights_are_not_saved(own_runs, pictures, script):
 def test_flags_of_the_training(own_runs, flags, said):
     end = stage(f"3_progressive.py --epochs 1 {flags}")
     assert end.startswith(said) if isinstance(said, str) else end == said
+
+
+def test_a_run_goes_on_with_the_same_images_only(pictures, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(pictures, "data")
+    line = "1_supernet.py --model test_resnet --img-size 32 --data-dir data --baseline-epochs 3"
+    assert shell(f"-c {shlex.quote(KILLED)} writing 3 {ROOT}/{line}", os.getcwd()).returncode
+    name = os.listdir("data/train")[0]
+    shutil.copytree(f"data/train/{name}", "data/train/another")
+    shutil.copytree(f"data/val/{name}", "data/val/another")
+    said = stage(f"{line} --resume")
+    assert said.startswith("error: ") and "does not hold the images that this run began with" in said
 
 
 def test_loader_processes_change_nothing(pictures, monkeypatch, tmp_path):
