@@ -541,8 +541,8 @@ def test_end_activation_is_there_when_asked_for(kind):
 
 
 def least_error(inputs, wanted, rank=None):
-    """The least mean square error of `wanted`, as a linear function of `inputs`, of that rank, and a
-    constant."""
+    """The least mean square error of `wanted`, as a linear function of `inputs`, of that rank,
+    and a constant."""
     inputs = nn.functional.pad(inputs, (0, 1), value=1.0)
     best = inputs @ torch.linalg.lstsq(inputs, wanted, driver="gelsd").solution
     u, s, v = torch.linalg.svd(best - best.mean(0), full_matrices=False)  # by Eckart and Young
@@ -817,8 +817,8 @@ def test_blocks_whose_own_layers_cannot_merge_are_fitted(kind):
 
 @torch.no_grad()
 def test_an_even_kernel_is_not_merged_as_if_it_had_a_centre():
-    model, (_, inputs) = nn.Sequential(inverted(dw_kernel_size=4, pad_type="same")), network_of("basic")
-    model.double().eval()
+    _, inputs = network_of("basic")
+    model = nn.Sequential(inverted(dw_kernel_size=4, pad_type="same")).double().eval()
     make_prunable(model)
     assert model[0].rungs == ["separable", "1x1", "skip"]
     randomise(model, inputs(16))

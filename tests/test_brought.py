@@ -288,8 +288,9 @@ def test_images_are_squashed_where_weights_want_that(first):
     assert stage(f"{first} {QUICK} --baseline-epochs 0") is None
     data = blocks.read_checkpoint("runs/supernet.pt")["data"]
     assert data["crop_mode"] == "center"
+    cpu = torch.device("cpu")
     images, squashed = (
-        next(iter(blocks.make_loader({**data, "crop_mode": mode}, "val", 8, torch.device("cpu"))))[0]
+        next(iter(blocks.make_loader({**data, "crop_mode": mode}, "val", 8, cpu)))[0]
         for mode in ("center", "squash")
     )
     assert images.shape == squashed.shape and not torch.equal(images, squashed)
@@ -302,7 +303,8 @@ def test_an_image_that_was_added_later(first, tmp_path, part, count):
     write_images(f"data/{part}/plain disc", 1)
     write_spec(tmp_path / "one.json", ["layer1.0"])
     said = stage("3_progressive.py --subnet one.json --epochs 0")
-    assert_error(said, f"{part} images that stage 1 saw, but {count}, or other", "run stage 1 again")
+    seen = f"{part} images that stage 1 saw, but {count}, or other"
+    assert_error(said, seen, "run stage 1 again")
 
 
 def test_labels_of_a_data_set_may_be_a_tensor():
@@ -419,8 +421,8 @@ def test_agreement_is_with_the_unpruned_network(own_runs):
 
 def test_features_of_a_network_that_drops_patches(first, tmp_path):
     model = "--model test_vit --model-kwargs img_size=32 patch_size=8 patch_drop_rate=0.5"
-    torch.save(timm.create_model("test_vit", num_classes=10, img_size=32, patch_size=8).state_dict(),
-               "mine.pth")
+    whole = timm.create_model("test_vit", num_classes=10, img_size=32, patch_size=8)
+    torch.save(whole.state_dict(), "mine.pth")
     assert stage(f"{first} {QUICK} {model} --checkpoint mine.pth") is None
     write_spec(tmp_path / "one.json", ["blocks.0"], "test_vit")
     said = stage("3_progressive.py --subnet one.json --epochs 1 --calibrate 16")

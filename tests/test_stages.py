@@ -490,7 +490,10 @@ BAD_FIRST = {  # flags of stage 1, and what the error has to say
         "--checkpoint nan.pth",
         "not all weights of nan.pth are finite",
     ),
-    "several feature maps": ("--model crossvit_9_240 --img-size 240", "features are not one tensor"),
+    "several feature maps": (
+        "--model crossvit_9_240 --img-size 240",
+        "features are not one tensor",
+    ),
     "no classifier": ("--model-kwargs features_only=True", "does not classify"),
     "output is an input": ("--checkpoint out.pt", "--out out.pt is an input, too"),
     "weights among the arguments": (

@@ -67,7 +67,8 @@ def test_a_step_of_the_third_stage(own_runs, clip):
 @pytest.mark.parametrize("form", ["reparam", "fitted"])
 def test_a_step_that_learns_features(own_runs, form):
     """Labels do not count. What is in front of the first pruned block stays, and once they have
-    moved by what pruning changes, so do all BN statistics but those of pruned blocks' own layers."""
+    moved by what pruning changes, so do all BN statistics but those of pruned blocks' own
+    layers."""
     model, supernet = load("runs/supernet.pt")
     names = list(prunable_blocks(model))[1:3]
     for name, value in supernet["baseline_state_dict"].items():

@@ -226,7 +226,7 @@ def test_spoilt_weights_are_not_saved(own_runs, pictures, script):
     [
         ("--amp --clip-grad inf", None),
         ("--cutmix 1 --smoothing 0.1", None),
-        ("--mixup 0.5 --batch-size 15", "error: --mixup and --cutmix need an even number of images"),
+        ("--mixup 0.5 --batch-size 15", "error: --mixup and --cutmix need an even number"),
         ("--aa nonsense", "error: --aa nonsense"),
         ("--seed 2147483647", None),
         ("--seed 2147483648", 2),  # argparse's exit status: NumPy takes 32 bits
@@ -245,8 +245,8 @@ def test_a_run_goes_on_with_the_same_images_only(pictures, monkeypatch, tmp_path
     name = os.listdir("data/train")[0]
     shutil.copytree(f"data/train/{name}", "data/train/another")
     shutil.copytree(f"data/val/{name}", "data/val/another")
-    said = stage(f"{line} --resume")
-    assert said.startswith("error: ") and "does not hold the images that this run began with" in said
+    said = "error: data does not hold the images that this run began with"
+    assert stage(f"{line} --resume").replace(f"{tmp_path}/", "").startswith(said)
 
 
 def test_loader_processes_change_nothing(pictures, monkeypatch, tmp_path):
