@@ -185,8 +185,8 @@ def describe_images(args):
     if not args.dataset and "val" not in data["answers"]:
         if unknown := sorted(set(val.reader.class_to_idx) - set(classes)):
             raise UserError(f"val has classes that train lacks: {', '.join(unknown[:5])}")
-    ours, theirs = (getattr(getattr(x, "reader", x), "class_to_idx", 0) for x in (train, val))
-    if args.dataset and ours != theirs:
+    ours, theirs = (getattr(getattr(x, "reader", x), "class_to_idx", {}) for x in (train, val))
+    if args.dataset and not theirs.items() <= ours.items():
         raise UserError(f"--dataset {args.dataset}: val has other classes than train, or numbers"
                         " them in another way: give folders, with --data-dir alone")
     if len(train) < 10:
