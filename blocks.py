@@ -1140,7 +1140,7 @@ def training_flags(parser, warmup):
     flag("--lr", type=positive, help="peak learning rate, which falls to 0 by a cosine (None: 1e-3,"
          " or 1e-4 where stage 1 took weights); of the paper's form stage 1 takes a fifth")
     flag("--warmup", type=share, default=warmup, metavar="R", help="share of steps before the peak")
-    flag("--opt", default="adamw", choices=list_optimizers(exclude_filters="adahessian"),
+    flag("--opt", default="adamw", choices=list_optimizers(exclude_filters=["adahessian"]),
          metavar="NAME", help="one of timm's")
     flag("--weight-decay", type=positive, default=0.05, help="not for norms and biases")
     flag("--clip-grad", type=positive, default=1.0, metavar="NORM", help="largest norm (0: any)")
