@@ -156,6 +156,12 @@ def has_classes(root):
     return not images
 
 
+def numbers_of(dataset):
+    """{class: number}, where the data set tells."""
+    dataset = getattr(dataset, "reader", dataset)  # torchvision's ImageNet: several names for each
+    return getattr(dataset, "wnid_to_idx", None) or getattr(dataset, "class_to_idx", {})
+
+
 def describe_images(args):
     """`data`, by which later stages find the images. The tenth that is held back is chosen here."""
     shapes = args.data_dir is None and not args.dataset
@@ -171,10 +177,8 @@ def describe_images(args):
     told, numbers = args.model_kwargs.get("num_classes", 0), {}
     if len(data["answers"]) == 2:  # no labels at all
         told = told or len(names) or create_model(args.model, args.model_kwargs).num_classes
-    else:  # torchvision's ImageNet has several names for each class
-        source = val if "train" in data["answers"] else train
-        source = getattr(source, "reader", source)
-        numbers = getattr(source, "wnid_to_idx", None) or getattr(source, "class_to_idx", {})
+    else:
+        numbers = numbers_of(val if "train" in data["answers"] else train)
     classes = names or sorted(numbers, key=numbers.get) or [str(i) for i in range(told)]
     if not classes:
         raise UserError("this data set does not tell its classes: give --model-kwargs num_classes=")
@@ -183,10 +187,9 @@ def describe_images(args):
     if len(classes) == 1:
         raise UserError(f"one class only ({classes[0]}): at least two class folders are needed")
     if not args.dataset and "val" not in data["answers"]:
-        if unknown := sorted(set(val.reader.class_to_idx) - set(classes)):
+        if unknown := sorted(set(numbers_of(val)) - set(classes)):
             raise UserError(f"val has classes that train lacks: {', '.join(unknown[:5])}")
-    ours, theirs = (getattr(getattr(x, "reader", x), "class_to_idx", {}) for x in (train, val))
-    if args.dataset and not theirs.items() <= ours.items():
+    if args.dataset and not numbers_of(val).items() <= numbers.items():
         raise UserError(f"--dataset {args.dataset}: val has other classes than train, or numbers"
                         " them in another way: give folders, with --data-dir alone")
     if len(train) < 10:
@@ -317,10 +320,7 @@ def main():
     rank, world = rank_and_world()
     if rank > 0:  # the first process draws or downloads what is not there yet
         torch.distributed.barrier()
-    data = describe_images(args)
-    if state and state.get("fingerprint", data["fingerprint"]) != data["fingerprint"]:
-        raise UserError(f"{data['data_dir']} does not hold the images that this run began with:"
-                        " leave out --resume to start again")
+    data = (state or {}).get("data") or describe_images(args)  # a resumed run wants its own images
     model, model_args, trained = make_baseline(args, data)
     if rank == 0 and world > 1:
         torch.distributed.barrier()
@@ -356,7 +356,7 @@ def main():
         step = sandwich(model, [], loader, epochs, args)
         model, result = train(model, step, lambda network: evaluate(network, val, split=True),
                               loader, args, "baseline", epochs, args.lr, log, state=state,
-                              fingerprint=data["fingerprint"])
+                              data=data)
         baseline, state = {**cost(model, data["input_size"]), **result}, None
         baseline_weights = {key: value.cpu().clone() for key, value in model.state_dict().items()}
 
@@ -394,8 +394,8 @@ def main():
     epochs = range(epochs.stop, epochs.stop + args.epochs)
     step = sandwich(model, blocks, loader, epochs, args, teacher)
     model, result = train(model, step, report, loader, args, "supernet", epochs, peak, log,
-                          state=state, baseline=baseline, baseline_state_dict=baseline_weights,
-                          fingerprint=data["fingerprint"])
+                          state=state, data=data, baseline=baseline,
+                          baseline_state_dict=baseline_weights)
     model.cpu()
     save({"stage": "supernet", "flags": vars(args), "model": args.model, "model_args": model_args,
           "data": data, "form": form, "end_act": None, "attention": args.attention,
