@@ -176,7 +176,8 @@ class Prunable:
             act.inplace = False  # its input is the block's
             return act
         layers = fold_norms(self.fitted[self.rung]) if self.rung in self.fitted else self.composed()
-        skip = fold_skip(layers[0], skip) if len(layers) == 1 else skip
+        if len(layers) == 1:
+            skip = fold_skip(layers[0], skip)
         return MergedBlock(layers[0] if len(layers) == 1 else nn.Sequential(*layers), skip, act)
 
 
@@ -188,7 +189,8 @@ class MergedBlock(nn.Module):
         self.main, self.skip, self.act = main, skip, act or nn.Identity()
 
     def forward(self, x):
-        return self.act(self.main(x) if self.skip is None else self.main(x) + self.skip(x))
+        y = self.main(x)
+        return self.act(y if self.skip is None else y + self.skip(x))
 
 
 def is_conv1x1(skip):
@@ -846,44 +848,47 @@ def fit(model, prune, batches, in_turn=True, ridge=1e-2, pixels=8192, max_bytes=
     def full():
         return number > 0 and sum(x.nbytes for x in waiting) > max_bytes
 
-    with contextlib.ExitStack() as stack:  # takes all of this away again
-        for name in dict.fromkeys(outermost(name, blocks) for name in todo) if in_turn else ():
-            stack.enter_context(blocks[name].register_forward_pre_hook(go_on))
+    hooks = [blocks[name].register_forward_pre_hook(go_on)
+             for name in dict.fromkeys(outermost(name, blocks) for name in todo) if in_turn]
+    for name in todo:
+        blocks[name].forward = functools.partial(visit, blocks[name])
+    try:
+        rounds = [[name] for name in todo] if in_turn or not todo else [todo]
+        for goals in progress_bar(rounds, "fit", 1, unit="block"):
+            stop = blocks[outermost(goals[0], blocks)]
+            sums = {blocks[name]: (0, 0, torch.Generator().manual_seed(0)) for name in goals}
+            # Once inputs wait at `start`, what goes through the network up to there is not used
+            again = itertools.repeat(any_image, len(waiting))
+            for number, images in enumerate(progress_bar(again if start else batches, "fit")):
+                images = images_in(images)
+                if in_turn and not start:
+                    images = torch.cat([images, images])
+                    any_image = images[:1].expand(3, -1, -1, -1)  # of no batch's length
+                with contextlib.suppress(Solvable):
+                    model(images)
+                if full():
+                    print(f"the fit takes {number} batches only: they fill its memory")
+                    del waiting[number:]
+                    break
+            for name in goals:
+                block, moments = blocks[name], centre(*sums[blocks[name]][:2], name)
+                for rung in [block.rung] if in_turn else block.fitted:
+                    if rung != "skip":
+                        block.solve_rung(rung, *moments, ridge)
+                check_finite(block.fitted, f"the fitted {name}")
+            start = stop if chain else None
+    except torch.linalg.LinAlgError as error:
+        raise UserError(f"{name} cannot be fitted: {error}") from error
+    except RuntimeError:
+        if not start:
+            raise
+    else:
+        return
+    finally:
+        for hook in hooks:
+            hook.remove()
         for name in todo:
-            blocks[name].forward = functools.partial(visit, blocks[name])
-            stack.callback(delattr, blocks[name], "forward")
-        try:
-            rounds = [[name] for name in todo] if in_turn or not todo else [todo]
-            for goals in progress_bar(rounds, "fit", 1, unit="block"):
-                stop = blocks[outermost(goals[0], blocks)]
-                sums = {blocks[name]: (0, 0, torch.Generator().manual_seed(0)) for name in goals}
-                # Once inputs wait at `start`, what goes through the network up to there is not used
-                again = itertools.repeat(any_image, len(waiting))
-                for number, images in enumerate(progress_bar(again if start else batches, "fit")):
-                    images = images_in(images)
-                    if in_turn and not start:
-                        images = torch.cat([images, images])
-                        any_image = images[:1].expand(3, -1, -1, -1)  # of no batch's length
-                    with contextlib.suppress(Solvable):
-                        model(images)
-                    if full():
-                        print(f"the fit takes {number} batches only: they fill its memory")
-                        del waiting[number:]
-                        break
-                for name in goals:
-                    block, moments = blocks[name], centre(*sums[blocks[name]][:2], name)
-                    for rung in [block.rung] if in_turn else block.fitted:
-                        if rung != "skip":
-                            block.solve_rung(rung, *moments, ridge)
-                    check_finite(block.fitted, f"the fitted {name}")
-                start = stop if chain else None
-        except torch.linalg.LinAlgError as error:
-            raise UserError(f"{name} cannot be fitted: {error}") from error
-        except RuntimeError:
-            if not start:
-                raise
-        else:
-            return
+            del blocks[name].forward
     # What a block gets is not all that reaches the next one
     print("fitting each block through the whole network, as they do not run one by one")
     fit(model, prune, batches, in_turn, ridge, pixels, max_bytes, chain=False)
@@ -1505,7 +1510,8 @@ def train(model, step, measure, loader, args, name, epochs, peak, log, hold=0.0,
         bar = progress_bar(loader, title, epochs.stop - epoch if epoch == first else 0)
         started = time.time()
         model.train()
-        nn.ModuleList(still).eval()
+        for module in still:
+            module.eval()
         for number, (images, labels) in enumerate(bar, done * len(loader)):
             scheduler.step_update(min(number, warmup) + max(0, number - hold))
             loss, shown = step(*(mixup(images, labels) if mixup else (images, labels)), number)
