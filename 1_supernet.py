@@ -18,6 +18,7 @@ import logging
 import os
 import random
 import shutil
+import sys
 import time
 
 import numpy as np
@@ -39,7 +40,7 @@ flag("--model", default="resnet18", help="a timm model: mobilenetv2_100, convnex
 flag("--model-kwargs", nargs="*", default={}, action=timm.utils.ParseKwargs, metavar="k=v",
      help="arguments for timm.create_model, e.g. patch_size=4 img_size=32")
 flag("--pretrained", action="store_true", help="start from timm's weights (downloads them)")
-flag("--checkpoint", metavar="FILE", help="start from weights in timm's keys (.pth, .safetensors)")
+flag("--checkpoint", metavar="FILE", help="start from a .pth or .safetensors whose keys timm knows")
 flag("--form", default="reparam", choices=("reparam", "fitted"), help="of pruned blocks: reparam,"
      " the paper's, merges their own layers, fitted (if --epochs is 0: always) has new ones, solved"
      " in closed form")
@@ -254,7 +255,8 @@ def make_baseline(args, data):
 
 def load_weights(model, args):
     """Loads --checkpoint into a timm model, from timm's keys or behind a prefix (backbone.), also
-    out of a dict of more ({"net": …}). Returns False where the classifier stays a new one."""
+    out of a dict of more ({"net": …}); timm converts other keys that it knows, and a ViT's
+    positions to another image size. Returns False where the classifier stays a new one."""
     wanted, state = model.state_dict(), {}
     if not os.path.isfile(args.checkpoint):
         raise UserError(f"{args.checkpoint} does not exist")
@@ -270,6 +272,8 @@ def load_weights(model, args):
         state = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
         if prefix:
             print(f"{args.checkpoint}: the weights behind {prefix}")
+        timms = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        state = timms(state, model) if timms else state
         heads = model.pretrained_cfg.get("classifier") or ()
         heads = (heads,) if isinstance(heads, str) else heads
         new = [key for key in wanted if key.rpartition(".")[0] in heads

@@ -10,6 +10,7 @@ import logging
 import multiprocessing
 import os
 import pathlib
+import re
 import shutil
 import sys
 
@@ -471,6 +472,41 @@ def test_torchvision_s_weights_fit_timm_s_resnet(first, name):
     ours = blocks.build(blocks.read_checkpoint("runs/supernet.pt"), baseline=True)
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(ours(images), theirs.eval()(images), rtol=0, atol=1e-4)
+
+
+def test_the_authors_keys_of_convnext_are_converted(first):
+    state, theirs = weights_of("test_convnext"), {}
+    names = {
+        r"stem": "downsample_layers.0",
+        r"(stages.\d+).blocks": r"\1",
+        r"stages.(\d+).downsample": r"downsample_layers.\1",
+        r"conv_dw": "dwconv",
+        r"mlp.fc(\d)": r"pwconv\1",
+        r"head.norm": "norm",
+        r"head.fc": "head",
+    }
+    for key, value in state.items():
+        for ours, their in names.items():
+            key = re.sub(ours, their, key)
+        theirs[key] = value
+    assert "stages.1.1.pwconv2.weight" in theirs
+    torch.save({"model": theirs}, "mine.pth")
+    first = first.replace("test_resnet", "test_convnext")
+    assert stage(f"{first} {QUICK} --baseline-epochs 0 --checkpoint mine.pth") is None
+    ours = blocks.read_checkpoint("runs/supernet.pt")["baseline_state_dict"]
+    assert ours.keys() == state.keys() and all(torch.equal(ours[key], state[key]) for key in ours)
+
+
+def test_a_vit_s_weights_fit_images_of_another_size(first):
+    """Its positions are interpolated, as timm does it for weights of its own."""
+    state = weights_of("test_vit")  # for 160 px
+    torch.save(state, "mine.pth")
+    first = first.replace("test_resnet", "test_vit")
+    assert stage(f"{first} {QUICK} --img-size 32 --baseline-epochs 0 --checkpoint mine.pth") is None
+    ours = blocks.read_checkpoint("runs/supernet.pt")["baseline_state_dict"]
+    like = timm.layers.resample_abs_pos_embed(state["pos_embed"], [2, 2])
+    assert torch.equal(ours.pop("pos_embed"), like)
+    assert all(torch.equal(ours[key], state[key]) for key in ours)
 
 
 # ---- the fit -------------------------------------------------------------------------------------
