@@ -382,7 +382,7 @@ def main():
               f" {time.time() - started:.1f} s")
     batches = make_loader(data, "train", args.batch_size, device, limit=1024)
     # Of an untrained supernet all statistics are the baseline's and the fit's own: they are right
-    calibration = [images for images, _ in batches] if args.epochs or not args.calibrate else []
+    calibration = [images for images, _ in batches] if args.epochs else []
 
     def report(model):  # each subnet with BN statistics of its own; the largest's stay
         top1 = []

@@ -484,7 +484,7 @@ def main():
     held_out = make_loader(data, "holdout", args.batch_size, device, args.workers, args.images)
     if (count := len(held_out.dataset)) < 200:
         print(f"only {count} held-out images: one of them is {100 / count:.1f} points of top-1")
-    trained = checkpoint["flags"]["epochs"] > 0 or not checkpoint["flags"]["calibrate"]
+    trained = checkpoint["flags"]["epochs"] > 0
     held_out, logits, unpruned_bn = list(held_out), None, None
     # What pruning changes a few photos tell, but one alone may end as one pixel
     calibration = [images for images, _ in (calibration if trained or count == 1 else held_out)]
