@@ -254,9 +254,8 @@ def make_baseline(args, data):
 
 
 def load_weights(model, args):
-    """Loads --checkpoint into a timm model, from timm's keys or behind a prefix (backbone.), also
-    out of a dict of more ({"net": …}); timm converts other keys that it knows, and a ViT's
-    positions to another image size. Returns False where the classifier stays a new one."""
+    """Loads --checkpoint into a timm model, converted as timm does, also from behind a prefix
+    (backbone.) or out of a dict of more ({"net": …}). Returns False if the classifier stays new."""
     wanted, state = model.state_dict(), {}
     if not os.path.isfile(args.checkpoint):
         raise UserError(f"{args.checkpoint} does not exist")
