@@ -329,7 +329,7 @@ def main():
         torch.distributed.barrier()
     make_prunable(copy.deepcopy(model), attention=args.attention)  # errors come before training
     model.to(device, memory_format=torch.channels_last)  # depthwise convs train twice as fast
-    for part in data["answers"]:
+    for part in [part for part, known in data["answers"].items() if known is None]:
         if not trained:
             raise UserError(f"the {part} images are in no class folders: that needs weights of"
                             " these classes (--checkpoint, --pretrained), for answers as labels")

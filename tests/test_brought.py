@@ -469,7 +469,10 @@ def test_torchvision_s_weights_fit_timm_s_resnet(first, name):
     torch.save(theirs.state_dict(), "theirs.pth")
     first = first.replace("test_resnet", name)
     assert stage(f"{first} {QUICK} --calibrate 0 --checkpoint theirs.pth") is None
-    ours = blocks.build(blocks.read_checkpoint("runs/supernet.pt"), baseline=True)
+    checkpoint = blocks.read_checkpoint("runs/supernet.pt")
+    for key, tensor in checkpoint["baseline_state_dict"].items():  # BN statistics, too
+        assert torch.equal(checkpoint["state_dict"][key], tensor)
+    ours = blocks.build(checkpoint, baseline=True)
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(ours(images), theirs.eval()(images), rtol=0, atol=1e-4)
 

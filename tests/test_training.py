@@ -253,6 +253,25 @@ def test_a_run_goes_on_with_the_same_images_only(pictures, monkeypatch, tmp_path
     assert "\n" not in said and os.listdir("runs") == files
 
 
+def test_a_run_goes_on_with_the_answers_that_it_has(pictures, monkeypatch, tmp_path, capsys):
+    """The given weights are not asked again for what takes the place of labels."""
+    monkeypatch.chdir(tmp_path)
+    for part in ("train", "val"):
+        os.makedirs(f"data/{part}")
+        for path in (pictures / part).glob("*/*"):
+            shutil.copy(path, f"data/{part}/{path.parent.name} {path.name}")
+    torch.save(timm.create_model("test_resnet", num_classes=10).state_dict(), "mine.pth")
+    line = "1_supernet.py --model test_resnet --img-size 32 --data-dir data --checkpoint mine.pth"
+    line += " --model-kwargs num_classes=10 --epochs 2"
+    assert shell(f"-c {shlex.quote(KILLED)} writing 2 {ROOT}/{line}", os.getcwd()).returncode
+    had = blocks.read_checkpoint("runs/supernet.pt.last")["data"]["answers"]
+    assert stage(f"{line} --resume") is None
+    assert "have no labels" not in capsys.readouterr().out
+    has = blocks.read_checkpoint("runs/supernet.pt")["data"]["answers"]
+    assert had.keys() == has.keys() == {"train", "val"}
+    assert all(torch.equal(had[part], has[part]) for part in had)
+
+
 def test_loader_processes_change_nothing(pictures, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     line = f"1_supernet.py --model test_resnet --data-dir {pictures} --img-size 32 --epochs 0"

@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 COLOURS = {"layer": "#9ecae1", "norm": "#a1d99b", "act": "#fdae6b", "merged": "#6baed6"}
-FORMS = {"paper's form": ("o", "-"), "fitted form": ("s", "--"), "smaller images": ("^", ":")}
+FORMS = {"paper's form": "o-", "fitted form": "s--", "smaller images": "^:"}
 EXPAND = (("1×1", "layer"), ("BN", "norm"), ("ReLU6", "act"))
 DEPTHWISE = (("dw", "layer"), ("BN", "norm"), ("ReLU6", "act"))
 INVERTED_RESIDUAL = (*EXPAND, *DEPTHWISE, ("1×1", "layer"), ("BN", "norm"))
@@ -73,15 +73,14 @@ def curves_picture(path):
     for number, network in enumerate(dict.fromkeys(row["network"] for row in rows)):
         mine = [row for row in rows if row["network"] == network]
         control = float(next(row["top-1"] for row in mine if row["form"] == "control"))
-        for form, (marker, line) in FORMS.items():
+        for form, fmt in FORMS.items():
             some = [row for row in mine if row["form"] == form]
             if not some:
                 continue
             faster = [float(row["speed-up, batch 1"].rstrip("x")) for row in some]
             lost = [float(row["top-1"]) - control for row in some]
             label = f"{network}, {form}: {some[0]['data']}"
-            style = {"marker": marker, "color": f"C{number}", "capsize": 3, "markersize": 8}
-            style["linestyle"] = line
+            style = {"fmt": fmt, "color": f"C{number}", "capsize": 3, "markersize": 8}
             deviations = [float(row["sd"] or 0) for row in some]
             axes.errorbar([1, *faster], [0, *lost], [0, *deviations], **style, label=label)
     axes.set_xlabel("times faster than the baseline, one image, 2 CPU cores")
