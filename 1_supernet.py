@@ -38,6 +38,7 @@ flag = parser.add_argument
 # model
 flag("--model", default="resnet18", help="a timm model: mobilenetv2_100, convnext_tiny.fb_in1k")
 flag("--model-kwargs", nargs="*", default={}, action=timm.utils.ParseKwargs, metavar="k=v",
+     type=lambda text: text if "=" in text else parser.error(f"--model-kwargs {text}: k=v needed"),
      help="arguments for timm.create_model, e.g. patch_size=4 img_size=32")
 flag("--pretrained", action="store_true", help="start from timm's weights (downloads them)")
 flag("--checkpoint", metavar="FILE", help="start from a .pth or .safetensors whose keys timm knows")

@@ -1180,10 +1180,13 @@ def start(parser, *inputs, last_output=lambda args: args.out, read=read_checkpoi
     flag = f"--device {args.device}"
     try:
         device = torch.empty(0, device=init_distributed_device_so(args.device)["device"]).device
+        if hasattr(args, "opt"):  # some of timm's need a package, or a GPU
+            flag = f"--opt {args.opt}"
+            create_optimizer_v2(nn.Linear(1, 1), args.opt)
         flag = "--compile"
         if getattr(args, "compile", False):
             torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
-    except (RuntimeError, AssertionError, ValueError) as error:
+    except (RuntimeError, AssertionError, ValueError, ImportError) as error:
         raise UserError(f"{flag} does not work here: {str(error).splitlines()[0]}") from error
     if rank_and_world()[0] > 0:  # of torchrun's processes only the first prints
         sys.stdout = open(os.devnull, "w", encoding="utf-8")

@@ -763,6 +763,7 @@ def test_weights_that_cannot_be_downloaded(pictures, tmp_path, monkeypatch, caps
         "3_progressive.py --transition 2",
         "3_progressive.py --batch-size 0",
         "1_supernet.py --opt adamz",
+        "1_supernet.py --model-kwargs patch_size",
         "4_merge.py --nonsense",
     ],
 )

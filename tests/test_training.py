@@ -231,6 +231,7 @@ def test_spoilt_weights_are_not_saved(own_runs, pictures, script):
             "error: --mixup and --cutmix need an even number of images a step, not 15",
         ),
         ("--aa nonsense", "error: --aa nonsense"),
+        ("--opt bnbadam", "error: --opt bnbadam does not work here: "),  # needs bitsandbytes
         ("--opt adahessian", 2),  # argparse's exit status: its steps need another kind of gradient
         ("--seed 2147483647", None),
         ("--seed 2147483648", 2),  # NumPy takes 32 bits
