@@ -128,7 +128,7 @@ def read_class_map(args):
     if not path:
         raise UserError(f"--class-map {args.class_map} does not exist, and timm has none")
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             names = [line.strip() for line in file if line.strip()]
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not a text file") from error

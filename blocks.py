@@ -1084,6 +1084,10 @@ def run(main):
     except (UserError, OSError) as error:  # one from a loader's process has a traceback in its text
         lines = str(error).strip().splitlines() or [repr(error)]
         sys.exit("error: " + lines[-1].removeprefix("blocks.UserError: "))
+    except RuntimeError as error:
+        if "tried to allocate" not in str(error).lower():  # what all of torch's devices say
+            raise
+        sys.exit("error: memory is full: give a smaller batch size, or close other programs")
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
@@ -1211,8 +1215,11 @@ def start(parser, *inputs, last_output=lambda args: args.out, read=read_checkpoi
         raise UserError(f"{path} was made with other flags: {'; '.join(changed)}. Give the same"
                         " ones, or leave out --resume to start again")
     folder = next(filter(os.path.exists, pathlib.Path(args.out).absolute().parents))
-    if os.path.isdir(args.out) or not os.access(folder, os.W_OK):
+    folder = os.path.join(folder, "")  # a file at that place has no such path
+    if os.path.isdir(args.out) or not os.path.basename(args.out) or not os.access(folder, os.W_OK):
         raise UserError(f"cannot write {args.out}: give another --out")
+    if getattr(args, "resume", False) and not path:
+        print(f"there is no {last} to go on from: this run begins anew")
     if path == last and not state:
         print(f"{path} is of a run that was killed: --resume would go on with it")
     if state and path != last:
@@ -1529,7 +1536,7 @@ def train(model, step, measure, loader, args, name, epochs, peak, log, hold=0.0,
                    "lr": optimizer.param_groups[0]["lr"]}
             if not math.isfinite(losses.val):
                 raise UserError(f"the loss is {losses.val} at step {number + 1}, lr {row['lr']:g}."
-                                " Try a lower --lr; --resume takes the epoch before")
+                                " Try again, with a lower --lr")
             bar.set_postfix(loss=f"{losses.avg:.3f}", **shown, refresh=False)
             if number in rows_at and (number + 1) % len(loader):
                 write({**row, **means()}, {})
@@ -1537,7 +1544,7 @@ def train(model, step, measure, loader, args, name, epochs, peak, log, hold=0.0,
         if world > 1:  # each process has BN statistics of its own images
             distribute_bn(model, world, reduce=True)
             distribute_bn(best, world, reduce=True)
-        check_finite(model, title, ". Try a lower --lr; --resume takes the epoch before")
+        check_finite(model, title, ". Try again, with a lower --lr")
         result = measure(best)
         write(row, result)
         save({"stage": "unfinished run", "flags": vars(args), "log": log, **kept, "result": result,

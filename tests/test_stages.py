@@ -485,6 +485,8 @@ BAD_FIRST = {  # flags of stage 1, and what the error has to say
     "an optimiser's state": ("--checkpoint numbers.pth", "does not fit test_resnet"),
     "unknown device": ("--device gpu", "--device gpu"),
     "folder as output": ("--out single", "cannot write single"),
+    "folder to come as output": ("--out new/", "cannot write new/"),
+    "file as the output's folder": ("--out text.txt/net.pt", "cannot write text.txt/net.pt"),
     "code in the weights": ("--checkpoint evil.pth", "does not fit test_resnet"),
     "weights that are not finite": (
         "--checkpoint nan.pth",
@@ -582,6 +584,10 @@ BAD_LATER = {  # stage and flags, and what the error has to say
     "no block": ("2_search.py --prune 0", "1 to 4 blocks"),
     "budget too small": ("2_search.py --macs 0.1", "merged subnets have 0."),
     "parameters too few": ("2_search.py --params 0.1", "merged subnets have 0."),
+    "more than memory holds": (
+        "2_search.py --latency 0.8 --latency-batch 100000000000",
+        "memory is full: give a smaller batch size",
+    ),
     "data gone": ("2_search.py --data-dir nowhere", "nowhere/train"),
     "other data": ("2_search.py --data-dir few", "but 24, or"),
     "other classes": ("2_search.py --data-dir other", "looking for classes plain cross"),

@@ -148,8 +148,9 @@ def test_only_files_of_ones_own_are_removed(tmp_path, monkeypatch):
 @one_network
 def test_resume_wants_the_same_flags(own_runs, monkeypatch, capsys):
     line = "3_progressive.py --out new/net.pt"
-    said = stage_on_full_disk(f"{line} --epochs 2", os.path.exists, monkeypatch)
+    said = stage_on_full_disk(f"{line} --epochs 2 --resume", os.path.exists, monkeypatch)
     assert said == "error: disk full"  # after the first epoch was kept
+    assert "there is no new/net.pt.last to go on from" in capsys.readouterr().out
     assert sorted(os.listdir("new")) == ["net.csv", "net.pt.last"]
     said = stage(f"{line} --epochs 2 --resume --lr 1")
     assert said.startswith("error: ") and "other flags: lr 0.001, now 1.0. " in said
