@@ -1205,7 +1205,7 @@ def start(parser, *inputs, last_output=lambda args: args.out, read=read_checkpoi
     files = list(filter(os.path.isfile, [getattr(args, flag) or "" for flag in inputs]))
     if os.path.realpath(args.out) in map(os.path.realpath, files):
         raise UserError(f"--out {args.out} is an input, too: give another --out")
-    args.checksums = {name: zlib.crc32(pathlib.Path(name).read_bytes()) for name in files}
+    vars(args).update({f"content of {f}": zlib.crc32(pathlib.Path(f).read_bytes()) for f in files})
     args.processes = rank_and_world()[1]
     free = ["resume", "device", "workers", "out", "plot"]  # they do not change what is computed
     free += ["data_dir"] if "supernet" in inputs else []  # later stages know the images
@@ -1223,7 +1223,7 @@ def start(parser, *inputs, last_output=lambda args: args.out, read=read_checkpoi
     if path == last and not state:
         print(f"{path} is of a run that was killed: --resume would go on with it")
     if state and path != last:
-        print(f"{path} is finished: nothing to do")
+        print(f"{path} is finished: nothing to do. Without --resume it would be made anew")
         sys.exit()
     if state and "log" in state:
         print("going on after epoch {epoch} of the {network}".format(**state["log"][-1]))

@@ -162,6 +162,9 @@ def test_resume_wants_the_same_flags(own_runs, monkeypatch, capsys):
     assert blocks.read_checkpoint("new/net.pt")["flags"]["device"] == "cpu"
     said = stage(f"{line} --resume --epochs 3")
     assert said.startswith("error: ") and "other flags: epochs 2, now 3. " in said
+    write_spec(own_runs / "subnet.json", ["layer1.0"])
+    said = stage(f"{line} --resume")
+    assert said.startswith("error: ") and "other flags: content of runs/subnet.json " in said
     assert sorted(os.listdir("new")) == ["net.csv", "net.pt"]
 
 
