@@ -377,7 +377,7 @@ def make_prunable(model, form="reparam", end_act=None, attention=False):
     def convert(block, family):
         reparam = form == "reparam" and not family.why_not_reparam(block)
         block.__class__ = family
-        block.lam, block.end_act = 0.0, None
+        block.lam, block.end_act, block._compiled_call_impl = 0.0, None, None  # not as timm's block
         block.rungs = block.ladder() + ["skip"] * isinstance(block.skip_module(), nn.Identity)
         block.rung = block.rungs[0]
         block.fitted = nn.ModuleDict({
@@ -1555,7 +1555,13 @@ def train(model, step, measure, loader, args, name, epochs, peak, log, hold=0.0,
 def compile_blocks(model):
     """torch.compile block by block: a whole network would be compiled anew for every subnet, a
     block once for lam = 0, once for 1 and once for all values between."""
-    torch._dynamo.config.cache_size_limit = 64  # forms, shapes and modes of one block
+    torch._dynamo.config.cache_size_limit = 256  # blocks of one class: forms, shapes, modes
+
+    def static(compiled, x, **attn_args):  # but in its batch: torch fails at strides it cannot sort
+        torch._dynamo.mark_static(x, list(range(1, x.ndim)))
+        return compiled(x, **attn_args)
+
     for module in model.modules():
         if isinstance(module, tuple(family.timm_class for family in FAMILIES)):
             module.compile()
+            module._compiled_call_impl = functools.partial(static, module._compiled_call_impl)

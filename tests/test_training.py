@@ -1,6 +1,7 @@
 """Runs that are killed, shared out, averaged, or that go wrong."""
 
 import argparse
+import copy
 import json
 import os
 import re
@@ -352,18 +353,33 @@ def test_learning_rate_rises_holds_and_falls(own_runs):
     assert rates[7:] == sorted(rates[7:], reverse=True)
 
 
+def captured_sizes(monkeypatch):
+    """Has torch.compile capture graphs and make no code of them. Returns a list of the shapes of
+    what goes into them."""
+    compile_module, sizes = torch.nn.Module.compile, []
+
+    def capture(graph, inputs):
+        values = (node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder"))
+        sizes.extend(value.shape for value in values if torch.is_tensor(value))
+        return graph.forward
+
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda module: compile_module(module, backend=capture)
+    )
+    torch._dynamo.reset()
+    return sizes
+
+
 NETWORKS = ("test_resnet", "mobilenetv2_035", "test_convnext", "test_vit")
 
 
 @pytest.mark.parametrize("form", ["reparam", "fitted"])
 @pytest.mark.parametrize("name, attention", [*((n, False) for n in NETWORKS), ("test_vit", True)])
 def test_compiled_blocks_are_compiled_once_per_form(name, attention, form, monkeypatch):
-    """lam changes with every step: a graph for 0, one for 1, one for all between. (Graphs are
-    captured, no code is made.)"""
-    compile_module = torch.nn.Module.compile
-    captured = lambda module: compile_module(module, backend="eager")
-    monkeypatch.setattr(torch.nn.Module, "compile", captured)
-    torch._dynamo.reset()
+    """lam changes with every step: a graph for 0, one for 1, one for all between. Of unknown sizes
+    is at most the batch: strides of others torch may fail to sort. (Graphs are captured, no code is
+    made.)"""
+    sizes = captured_sizes(monkeypatch)
 
     def build():
         more = {"test_vit": {"img_size": 32}, "test_convnext": {"depths": (1, 1, 1, 1)}}
@@ -386,6 +402,24 @@ def test_compiled_blocks_are_compiled_once_per_form(name, attention, form, monke
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[4] == graphs[-1] > graphs[0] > 0, graphs
     assert graphs[1] == graphs[3]
+    assert sizes and {type(size) for shape in sizes for size in shape[1:]} == {int}
+
+
+def test_compiled_blocks_can_be_fitted(monkeypatch):
+    """As after stage 1 has trained a baseline with --compile. The fit itself, which looks into each
+    block, is not compiled: that took minutes."""
+    sizes, images = captured_sizes(monkeypatch), torch.randn(6, 3, 32, 32)
+    plain = timm.create_model("test_resnet", num_classes=4).eval()
+    compiled = copy.deepcopy(plain)
+    blocks.compile_blocks(compiled)
+    compiled(images)
+    captured = len(sizes)
+    for model in (plain, compiled):
+        torch.manual_seed(0)
+        blocks.fit(model, make_prunable(model, "fitted"), images.split(2))
+    assert len(sizes) == captured > 0
+    found = compiled.state_dict()
+    assert all(torch.equal(value, found[key]) for key, value in plain.state_dict().items())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
