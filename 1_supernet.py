@@ -120,7 +120,7 @@ def draw_shapes(root, train=2000, val=500, size=32):
 
 
 def read_class_map(args):
-    """The classes of --class-map, in order. UserError where an image's folder is not among them."""
+    """The classes of --class-map, in order."""
     timms = os.path.join(timm.data.__path__[0], "_info", os.path.basename(args.class_map))
     path = next(filter(os.path.isfile, (args.class_map, timms)), None)
     if args.dataset or not args.data_dir:
@@ -134,28 +134,21 @@ def read_class_map(args):
         raise UserError(f"{path} is not a text file") from error
     if len(set(names)) < len(names):
         raise UserError(f"{path} names a class twice: it needs one class folder per line")
-    for part in ("train", "val"):
-        root = os.path.join(args.data_dir, part)
-        _, folders, _ = next(os.walk(root), (root, [], []))
-        if unknown := sorted(set(folders) - set(names)):
-            raise UserError(f"{root} has folders that are not in {path}: {', '.join(unknown[:5])}")
     return names
 
 
-def has_classes(root):
-    """Are the images below `root` in class folders? UserError where timm would misread some."""
-    entries = list(os.scandir(root) if os.path.isdir(root) else ())
-    folders = [entry for entry in entries if entry.is_dir()]
-    for entry in folders:
-        if inner := [e.path for e in os.scandir(entry) if e.is_dir()]:
-            raise UserError(f"{inner[0]} is a folder inside a class folder: move its images up")
-        if entry.name.startswith("."):
-            raise UserError(f"{entry.path} is a hidden folder, but would be a class: remove it")
-    images = [entry.path for entry in entries if entry.is_file()
-              and timm.data.is_img_extension(os.path.splitext(entry.name)[1].lower())]
-    if folders and images:
-        raise UserError(f"{images[0]} is in no class folder")
-    return not images
+def has_classes(dataset):
+    """Are a folder's images in class folders? UserError where timm misreads some."""
+    root = dataset.reader.root
+    images = {os.path.dirname(path): path for path, _ in dataset.reader.samples}
+    for folder in sorted(images.keys() - {root}):
+        if os.path.dirname(folder) != root:
+            raise UserError(f"{folder} is a folder inside a class folder: move its images up")
+        if os.path.basename(folder).startswith("."):
+            raise UserError(f"{folder} is a hidden folder, but would be a class: remove it")
+    if root in images and len(images) > 1:
+        raise UserError(f"{images[root]} is in no class folder")
+    return root not in images
 
 
 def numbers_of(dataset):
@@ -171,11 +164,11 @@ def describe_images(args):
     names = read_class_map(args) if args.class_map else []
     if shapes:
         draw_shapes("data/shapes")
-    unlabelled = [part for part in ("train", "val")
-                  if not args.dataset and not has_classes(os.path.join(data_dir, part))]
-    data = {"dataset": args.dataset, "data_dir": data_dir, "seed": args.seed, "classes": names,
-            "answers": dict.fromkeys(unlabelled)}  # in the place of labels: stage 1 fills them in
+    data = {"dataset": args.dataset, "data_dir": data_dir, "seed": args.seed}
     train, val = open_dataset(data, "train"), open_dataset(data, "val")
+    folders = {} if args.dataset else {"train": train, "val": val}
+    # In the place of labels; stage 1 fills them in
+    data["answers"] = {part: None for part, opened in folders.items() if not has_classes(opened)}
     told, numbers = args.model_kwargs.get("num_classes", 0), {}
     if len(data["answers"]) == 2:  # no labels at all
         told = told or len(names) or create_model(args.model, args.model_kwargs).num_classes
@@ -188,9 +181,10 @@ def describe_images(args):
         raise UserError(f"num_classes={told}, but there are {len(classes)} classes")
     if len(classes) == 1:
         raise UserError(f"one class only ({classes[0]}): at least two class folders are needed")
-    if not args.dataset and "val" not in data["answers"]:
-        if unknown := sorted(set(numbers_of(val)) - set(classes)):
-            raise UserError(f"val has classes that train lacks: {', '.join(unknown[:5])}")
+    for part in sorted(folders.keys() - data["answers"]):
+        if unknown := sorted(set(numbers_of(folders[part])) - set(classes)):
+            raise UserError(f"{part} has classes that {args.class_map or 'train'} lacks:"
+                            f" {', '.join(unknown[:5])}")
     if args.dataset and not numbers_of(val).items() <= numbers.items():
         raise UserError(f"--dataset {args.dataset}: val has other classes than train, or numbers"
                         " them in another way: give folders, with --data-dir alone")
@@ -209,7 +203,7 @@ def describe_images(args):
     if not held:
         raise UserError("no class has two training images: none can be held back for the search")
     data.update(classes=classes, train_images=len(train), holdout=torch.tensor(held).sort().values)
-    val = open_dataset(data, "val")  # with classes, as later stages open it
+    train, val = open_dataset(data, "train"), open_dataset(data, "val")  # as later stages do
     return {**data, "fingerprint": {"train": fingerprint(train), "val": fingerprint(val)}}
 
 
@@ -250,7 +244,7 @@ def make_baseline(args, data):
         assert torch.is_tensor(network.forward_features(x)), "its features are not one tensor"
     except (RuntimeError, AssertionError, AttributeError) as error:
         raise UserError(f"{args.model} does not classify RGB images of {size[0]}x{size[1]} px:"
-                        f" {str(error).splitlines()[0]}") from error
+                        f" {(str(error) or repr(error)).splitlines()[0]}") from error
     return model, model_args, fits
 
 
@@ -407,14 +401,13 @@ def main():
           "baseline_state_dict": baseline_weights}, args.out)
     finish(args.out)
     set_subnet(model, blocks)
-    smallest = cost(merge(model), data["input_size"])
+    smallest = {**cost(merge(model), data["input_size"]), "top1": result["top1_smallest"]}
     print(f"\n{len(blocks)} prunable blocks: {' '.join(blocks)}\n")
     print_table(("", "params (M)", "MACs (M)", "top-1 (%)"), [
-        (name, f"{c['params'] / 1e6:.3f}", f"{c['macs'] / 1e6:.1f}", f"{top1:.2f}")
-        for name, c, top1 in (
-            ("baseline", baseline, baseline["top1"]),
-            ("supernet, nothing pruned", baseline, result["top1"]),
-            ("supernet, all at their first rung, merged", smallest, result["top1_smallest"]))])
+        (name, f"{c['params'] / 1e6:.3f}", f"{c['macs'] / 1e6:.1f}", f"{c['top1']:.2f}")
+        for name, c in (("baseline", baseline),
+                        ("supernet, nothing pruned", {**baseline, **result}),
+                        ("supernet, all at their first rung, merged", smallest))])
     print(f"\nwrote {args.out}")
 
 

@@ -14,6 +14,7 @@ with BN statistics of its own; in an untrained supernet how little the logits co
 unpruned network's, and there the best few are fitted in turn and scored again.
 """
 import contextlib
+import copy
 import functools
 import glob
 import itertools
@@ -81,12 +82,12 @@ def to_candidate(prune, blocks):
 
 def block_savings(model, blocks, input_size):
     """Costs of the merged network with nothing pruned, and what each gene saves: {block: [nothing,
-    its first rung, …]}, each a dict. They add up exactly. Moves the model to the meta device."""
+    its first rung, …]}, each a dict. They add up exactly."""
     def merged_cost(prune, part, shape):  # MobileViT folds patches into the batch
         set_subnet(model, prune)
         return cost(merge(nn.Sequential(part)), shape[1:], shape[0])
 
-    model.to("meta").eval()
+    model = copy.deepcopy(model).to("meta").eval()
     unpruned, savings, inputs = merged_cost([], model, (1, *input_size)), {}, {}
     with nn.modules.module.register_module_forward_pre_hook(lambda m, x: inputs.update({m: x})):
         model(torch.empty(1, *input_size, device="meta"))
@@ -106,7 +107,7 @@ def merged_on(model, prune, device):
 
 
 @torch.inference_mode()
-def measure_blocks(model, blocks, images, count=16, rounds=9):
+def measure_blocks(model, blocks, savings, images, count=16, rounds=9):
     """{"baseline": seconds, "savings": {block: [seconds of each gene]}, "error": …, "spread": …} of
     merged networks. Each block is timed between its real neighbours, in all its forms: in the
     network with nothing pruned, the one with everything at its first rung, and more, at least
@@ -114,7 +115,7 @@ def measure_blocks(model, blocks, images, count=16, rounds=9):
     (Timed alone, with its input still in the cache, a block came out up to a quarter wrong.)
 
     error: the median difference of sums and networks' times, as a share. spread: the largest one of
-    the savings of blocks that are alike, or of the two halves, as a share of the baseline."""
+    blocks that `savings` (of `block_savings`) has alike, or of the two halves, of the baseline."""
     cuda, rng = images.device.type == "cuda", random.Random(0)
 
     def stamp():
@@ -129,13 +130,6 @@ def measure_blocks(model, blocks, images, count=16, rounds=9):
         first = [rng.randrange(n) for n in forms]
     networks = [merged_on(model, to_prune(subnet, blocks), images.device) for subnet in subnets]
     totals = latencies(networks, images, rounds)[:, 1]
-    kinds = {}  # of blocks; those of the same kind cost the same
-    hooks = [networks[0].get_submodule(name).register_forward_pre_hook(
-        lambda block, x, name=name: kinds.update({name: (type(block), x[0].shape, *(
-            weight.shape for weight in block.parameters()))})) for name in blocks]
-    networks[0](images)
-    for hook in hooks:
-        hook.remove()
     spans = {}  # of each block: start and end of every run
     for network, name in itertools.product(networks, blocks):
         block = network.get_submodule(name)
@@ -166,18 +160,19 @@ def measure_blocks(model, blocks, images, count=16, rounds=9):
     if not 0.5 < slope < 2 or rest < 0:  # a block's time that is all noise
         error = 1.0
 
-    def savings(times):
+    def saved(times):
         return {name: [slope * (times[name, 0] - times[name, gene]) for gene in range(n)]
                 for name, n in zip(blocks, forms)}
 
-    baseline, saved = rest + slope * sums[0].item(), savings(times)
-    pairs = [*zip(*(savings(half).values() for half in halves)), *(
-        (saved[a], saved[b]) for a, b in itertools.combinations(blocks, 2) if kinds[a] == kinds[b])]
+    baseline, of_all = rest + slope * sums[0].item(), saved(times)
+    pairs = [*zip(*(saved(half).values() for half in halves)), *(
+        (of_all[a], of_all[b]) for a, b in itertools.combinations(blocks, 2)
+        if savings[a] == savings[b])]
     spread = max(abs(x - y) for pair in pairs for x, y in zip(*pair)) / baseline
-    return {"baseline": baseline, "savings": saved, "error": error, "spread": spread}
+    return {"baseline": baseline, "savings": of_all, "error": error, "spread": spread}
 
 
-def latency_table(path, checkpoint, model, blocks, images):
+def latency_table(path, checkpoint, model, blocks, savings, images):
     """measure_blocks' result, or what `path` has, if of the same kind; one for all processes."""
     device, tables = images.device, [None]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
@@ -196,7 +191,7 @@ def latency_table(path, checkpoint, model, blocks, images):
                 print(f"latencies of the blocks: from {path}")
         good = bool(tables[0])
         for _ in range(0 if good else 3):
-            tables = [{**key, **measure_blocks(model, blocks, images)}]
+            tables = [{**key, **measure_blocks(model, blocks, savings, images)}]
             print("latencies of the blocks: measured; their sums differ from whole networks by"
                   f" {tables[0]['error']:.1%} (median), blocks that are alike by up to"
                   f" {tables[0]['spread']:.1%} of the baseline")
@@ -333,15 +328,15 @@ def ranking(result):
     return {"loss": result.get("distance", result["loss"]), "top1": result["top1"]}
 
 
-def share_out(work, items, name, rounds=0):
-    """[work(item) for item in items]; under torchrun each process does a part, and gets all."""
+def score_all(score, candidates, generation, name, rounds):
+    """{candidate: its score and `generation`}; under torchrun each process does a part of them."""
     rank, world = rank_and_world()
-    mine = items[len(items) * rank // world:len(items) * (rank + 1) // world]
-    mine = [work(item) for item in progress_bar(mine, name, rounds, unit="subnet")]
-    parts = [mine] * world
+    mine = candidates[len(candidates) * rank // world:len(candidates) * (rank + 1) // world]
+    bar = progress_bar(mine, name, rounds, unit="subnet")
+    parts = [{c: {**score(c), "generation": generation} for c in bar}] * world
     if world > 1:
-        torch.distributed.all_gather_object(parts, mine)
-    return list(itertools.chain(*parts))
+        torch.distributed.all_gather_object(parts, parts[0])
+    return dict(itertools.chain(*(part.items() for part in parts)))
 
 
 def ranked(scores, cost_key="macs"):
@@ -374,13 +369,12 @@ def search(score, budget, population, generations, seed, cost_key="macs", scores
         alone = [[tuple(gene if j == i else 0 for j in range(len(sizes))) for gene in range(size)]
                  for i, size in enumerate(sizes)]
         fresh = [c for c in dict.fromkeys(itertools.chain(*alone)) if c not in scores]
-        for candidate, result in zip(fresh, share_out(score, fresh, "one by one", 1)):
-            scores[candidate] = {**result, "generation": 0}
+        scores.update(score_all(score, fresh, 0, "one by one", 1))
         loss_alone = [[min(1e9, scores[c]["loss"]) for c in genes] for genes in alone]  # NaN, too
         if fresh:  # else they are in `scores`, maybe with later ones: that state must stay
             keep(0, scores)
     for generation in range(first, generations):
-        rng, started, fresh = random.Random(f"{seed}/{generation}"), time.time(), set()
+        rng, began, fresh = random.Random(f"{seed}/{generation}"), time.perf_counter(), set()
         parents = list(filter(fits, ranked(scores, cost_key)))[:max(2, population // 4)]
         if exact:
             fresh = set(everything[population * generation:][:population]) - scores.keys()
@@ -402,12 +396,11 @@ def search(score, budget, population, generations, seed, cost_key="macs", scores
         # Sorted, those with the same first blocks are neighbours
         fresh, name = sorted(fresh), f"generation {generation + 1}/{generations}"
         rounds = generations - generation if generation == first else 0
-        for child, result in zip(fresh, share_out(score, fresh, name, rounds)):
-            scores[child] = {**result, "generation": generation + 1}
+        scores.update(score_all(score, fresh, generation + 1, name, rounds))
         keep(generation + 1, scores)
         best = scores[next(filter(fits, ranked(scores, cost_key)))]
         print(f"{name}  scored {len(scores)}  best loss {best['loss']:.4f}  top-1"
-              f" {best['top1']:.2f} %  {len(fresh) / (time.time() - started):.2f} subnets/s")
+              f" {best['top1']:.2f} %  {len(fresh) / (time.perf_counter() - began):.2f} subnets/s")
     return scores, exact
 
 
@@ -458,13 +451,14 @@ def main():
     data = {**checkpoint["data"], "data_dir": args.data_dir or checkpoint["data"]["data_dir"]}
     model = build(checkpoint)
     blocks = {name: block.rungs for name, block in prunable_blocks(model).items()}
-    unpruned, savings = block_savings(build(checkpoint), blocks, data["input_size"])
+    unpruned, savings = block_savings(model, blocks, data["input_size"])
     images = torch.randn(args.latency_batch, *data["input_size"], device=device)
     images = images.to(memory_format=torch.channels_last)
     timed = None
     if args.latency:
         path = os.path.join(os.path.dirname(args.out), "latency.json")
-        timed = state["timed"] if state else latency_table(path, checkpoint, model, blocks, images)
+        timed = state["timed"] if state else latency_table(path, checkpoint, model, blocks, savings,
+                                                           images)
         unpruned["latency"] = timed["baseline"]
         for name in blocks:
             for one, seconds in zip(savings[name], timed["savings"][name]):

@@ -115,8 +115,9 @@ def train_subnet(model, teacher, prune, loader, test, args, log, still=(), state
     tenth = max(1, round(args.transition * steps / 10))
     moving = {number for number in range(tenth - 1, steps, tenth)
               if prune and lam_at(number, steps, args.transition) < 1}
-    return train(model, step, measure, loader, args, "subnet" if prune else "control",
-                 range(args.epochs), args.lr, log, HOLD, moving, still, state, **kept)
+    name = "subnet" if prunable_blocks(model) else "control"
+    return train(model, step, measure, loader, args, name, range(args.epochs), args.lr, log, HOLD,
+                 moving, still, state, **kept)
 
 
 def main():
@@ -175,9 +176,8 @@ def main():
         state = None
     if not state:
         if fitted and args.calibrate:
-            batches = make_loader(data, "train", args.batch_size, device, args.workers,
-                                  limit=args.calibrate, split=True)
-            fit(model, {name: prune[name] for name in fitted}, batches)
+            fit(model, prune, make_loader(data, "train", args.batch_size, device, args.workers,
+                                          args.calibrate, split=True))
         lam = lam_at(0, args.epochs * len(loader), args.transition)
         set_subnet(model, prune, lam)
         batches = make_loader(data, "train", args.batch_size, device, limit=1024)

@@ -69,7 +69,7 @@ def write(args, paths, merged, about, batches, rounding):
 
     with contextlib.ExitStack() as stack:
         # All are written, then all take their places: a kill hardly ever leaves two networks
-        pt, pt2, onnx = (path and stack.enter_context(atomic_write(path)) for path in paths)
+        pt, pt2, *onnx = (stack.enter_context(atomic_write(path)) for path in paths)
         torch.export.save(export, pt2, extra_files={"about.json": outside})
         program = torch.export.load(pt2).module()
         check(f"{paths[1]} against merged", merged, lambda x: program(x * std + mean), batches,
@@ -78,10 +78,10 @@ def write(args, paths, merged, about, batches, rounding):
             export = torch.onnx.export(export, dynamo=True, input_names=["images"],
                                        output_names=["logits"], verbose=False)
             export.model.metadata_props["about"] = outside
-            export.save(onnx)
+            export.save(onnx[0])
         if onnx and importlib.util.find_spec("onnxruntime"):
             import onnxruntime
-            session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(onnx[0], providers=["CPUExecutionProvider"])
             check(f"{paths[2]} against merged", merged, lambda x: torch.from_numpy(
                 session.run(None, {"images": (x * std + mean).numpy()})[0]), batches, 1e-4,
                 rounding)
@@ -106,16 +106,15 @@ def main():
     if args.onnx and not all(map(importlib.util.find_spec, ("onnx", "onnxscript"))):
         raise UserError("--onnx needs more packages: pip install onnx onnxscript")
     stem, _ = os.path.splitext(args.out)
-    paths, table = (args.out, stem + ".pt2", args.onnx and stem + ".onnx"), stem + ".json"
-    written = list(filter(None, paths))
-    if len({*map(os.path.realpath, (args.subnet, table, *written))}) < 2 + len(written):
+    paths, table = [args.out, stem + ".pt2", *[stem + ".onnx"] * args.onnx], stem + ".json"
+    if len({*map(os.path.realpath, (args.subnet, table, *paths))}) < 2 + len(paths):
         raise UserError("--subnet, --out and what is written beside it must be different files")
     checkpoint = read_checkpoint(args.subnet, "subnet", "merged")
     if checkpoint["stage"] == "merged":  # and trained further: there is nothing to merge or compare
         about = {key: value for key, value in checkpoint.items() if key != "state_dict"}
         images = torch.randn(64, *about["input_size"]).split(16)
         write(args, paths, build(checkpoint), about, [(batch, None) for batch in images], 0.0)
-        print(f"wrote {', '.join(written)}")
+        print(f"wrote {', '.join(paths)}")
         return
     data = {**checkpoint["data"], "data_dir": args.data_dir or checkpoint["data"]["data_dir"]}
     model, baseline = build(checkpoint), build(checkpoint, baseline=True)
@@ -181,7 +180,7 @@ def main():
         print("control: the baseline, trained for as long as this subnet")
     save({"model": about["model"], "prune": about["prune"], "device": chip, "control": control,
           "input_size": about["input_size"], "torch": torch.__version__, "rows": rows}, table)
-    print(f"\nwrote {', '.join((*written, table))}")
+    print(f"\nwrote {', '.join((*paths, table))}")
 
 
 if __name__ == "__main__":

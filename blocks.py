@@ -423,12 +423,10 @@ def insert_end_acts(model):
         block.end_act = block.act_to_insert()
 
 
-def prunable_blocks(model, path=""):
+def prunable_blocks(model):
     """{module path: block}, in the order in which they run; a block's attention comes before it."""
-    found = {}
-    for name, child in model.named_children():
-        found |= prunable_blocks(child, f"{path}.{name}" if path else name)
-    return found | ({path: model} if isinstance(model, Prunable) else {})
+    children_first = timm.models.named_modules(model, include_root=True)
+    return {path: module for path, module in children_first if isinstance(module, Prunable)}
 
 
 def not_prunable(model, among=None):
@@ -465,16 +463,14 @@ def merge(model):
     one or two plain layers, the others timm's own, and BNs part of the convs before them."""
     dtype = next(model.parameters()).dtype
     merged = reparameterize_model(copy.deepcopy(model).double().eval(), inplace=True)
-    name, leaf = "", None  # the one before: a conv's BN is registered right behind it
-    for path, module in list(merged.named_modules()):
-        if isinstance(module, BatchNorm):
-            if isinstance(leaf, nn.Conv2d) and leaf.out_channels == module.num_features:
-                merged.set_submodule(name, fuse_conv_bn_eval(leaf, module))
-                # BatchNormAct2d has an activation inside, which stays
-                merged.set_submodule(path, getattr(module, "act", nn.Identity()))
-            leaf = None
-        elif not list(module.children()):
-            name, leaf = path, module
+    layers = [(path, module) for path, module in merged.named_modules()
+              if isinstance(module, BatchNorm) or not list(module.children())]
+    for (name, conv), (path, bn) in itertools.pairwise(layers):  # a conv's BN comes right behind it
+        if isinstance(conv, nn.Conv2d) and isinstance(bn, BatchNorm) \
+                and conv.out_channels == bn.num_features:
+            merged.set_submodule(name, fuse_conv_bn_eval(conv, bn))
+            # BatchNormAct2d has an activation inside, which stays
+            merged.set_submodule(path, getattr(bn, "act", nn.Identity()))
     return merged.to(dtype).eval()
 
 
@@ -797,8 +793,8 @@ def fit(model, prune, batches, in_turn=True, ridge=1e-2, pixels=8192, max_bytes=
     that it also corrects their errors. Each batch goes through the network twice at once, its first
     half unpruned, its second pruned, from one block to the next; the inputs of all batches to the
     block that is solved next are kept, up to `max_bytes`, and batches beyond left out; or nothing,
-    where the blocks are no `chain`, as in HRNet. Else all blocks, and all their rungs, are fitted
-    on the unpruned network's inputs, in one pass.
+    and `batches` are read again, where the blocks are no `chain`, as in HRNet. Else all blocks, and
+    all their rungs, are fitted on the unpruned network's inputs, in one pass.
 
     The normal equations are summed up in float64, from at most `pixels` output pixels (or tokens)
     of each batch. `ridge`, a share of each input's variance that is added to it, makes weights
@@ -1007,8 +1003,7 @@ def atomic_write(path):
         yield temporary
         os.replace(temporary, path)
     finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        pathlib.Path(temporary).unlink(missing_ok=True)
 
 
 def save(content, path):
@@ -1191,12 +1186,13 @@ def start(parser, *inputs, last_output=lambda args: args.out, read=read_checkpoi
         if getattr(args, "compile", False):
             torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
     except (RuntimeError, AssertionError, ValueError, ImportError) as error:
-        raise UserError(f"{flag} does not work here: {str(error).splitlines()[0]}") from error
+        why = (str(error) or repr(error)).splitlines()[0]
+        raise UserError(f"{flag} does not work here: {why}") from error
     if rank_and_world()[0] > 0:  # of torchrun's processes only the first prints
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     elif os.name == "posix":  # not on Windows
         import fcntl
-        name = f"updp-{zlib.crc32(os.path.realpath(args.out).encode()):08x}.lock"
+        name = f"updp-{os.getuid()}-{zlib.crc32(os.path.realpath(args.out).encode()):08x}.lock"
         run.lock = open(os.path.join(tempfile.gettempdir(), name), "a")
         try:
             fcntl.lockf(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loaders do not inherit it
@@ -1225,8 +1221,6 @@ def start(parser, *inputs, last_output=lambda args: args.out, read=read_checkpoi
     if state and path != last:
         print(f"{path} is finished: nothing to do. Without --resume it would be made anew")
         sys.exit()
-    if state and "log" in state:
-        print("going on after epoch {epoch} of the {network}".format(**state["log"][-1]))
     random_seed(getattr(args, "seed", 0))
     return args, device, state
 
@@ -1281,7 +1275,7 @@ def read_image(dataset, index):
         image = Image.open(image) if reader else image
         assert image.mode != "F"  # floats of unknown range
         if image.mode.startswith("I"):  # 16 bits of grey: Pillow would clip them at 255
-            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+            image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
         return image.convert("RGB"), int(label)
     except Exception as error:  # Pillow raises many kinds
         name = reader.filename(index, absolute=True) if reader else f"number {index}"
@@ -1356,8 +1350,9 @@ def open_dataset(data, part):
             name, root=root, split={"train": "train", "val": "validation"}[part],
             search_split=bool(name), download=name.startswith("torch/"), **options)
     except (RuntimeError, AssertionError, ValueError, ImportError) as error:
-        why = f" (looking for classes {', '.join(data['classes'][:3])} ...)" if options else ""
-        raise UserError(f"cannot open {name or root}: {str(error).splitlines()[0]}{why}") from error
+        why = (str(error) or repr(error)).splitlines()[0]
+        why += f" (looking for classes {', '.join(data['classes'][:3])} ...)" if options else ""
+        raise UserError(f"cannot open {name or root}: {why}") from error
     if isinstance(dataset, torch.utils.data.IterableDataset):
         raise UserError(f"{name} is a stream, of which no part can be held back: use another")
     if len(dataset) == 0:
@@ -1486,6 +1481,7 @@ def train(model, step, measure, loader, args, name, epochs, peak, log, hold=0.0,
     parts, first, result = [model, best, optimizer], epochs.start, None
     if state:
         first, result = state["epoch"], state["result"]
+        print(f"going on after epoch {first - epochs.start} of the {name}")
         for part, saved in zip(parts, state["parts"]):
             part.load_state_dict(saved)
     if args.compile:
@@ -1557,7 +1553,7 @@ def compile_blocks(model):
     block once for lam = 0, once for 1 and once for all values between."""
     torch._dynamo.config.cache_size_limit = 256  # blocks of one class: forms, shapes, modes
 
-    def static(compiled, x, **attn_args):  # but in its batch: torch fails at strides it cannot sort
+    def static(compiled, x, **attn_args):  # but for the batch: of other sizes torch may fail
         torch._dynamo.mark_static(x, list(range(1, x.ndim)))
         return compiled(x, **attn_args)
 

@@ -619,12 +619,13 @@ def test_a_latency_table_that_contradicts_itself(trouble, monkeypatch):
             slower[0] = 3 if i >= len(items) / 2 and trouble == "the second half" else 1
             yield item
 
+    images = torch.zeros(1, 3, 32, 32)
+    _, savings = search_script.block_savings(model, found, images.shape[1:])
     monkeypatch.setattr(nn.Conv2d, "forward", forward)
     monkeypatch.setattr(search_script.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(search_script, "latencies", latencies)
     monkeypatch.setattr(search_script, "progress_bar", turns)
-    images = torch.zeros(1, 3, 32, 32)
-    table = search_script.measure_blocks(model, found, images, count=4, rounds=4)
+    table = search_script.measure_blocks(model, found, savings, images, count=4, rounds=4)
     if trouble == "none":
         assert table["error"] < 1e-6 and table["spread"] < 1e-6
     else:
@@ -644,7 +645,7 @@ def test_a_table_that_contradicts_itself_is_not_kept(monkeypatch, tmp_path, caps
 
     def table():
         images = torch.zeros(2, 3, 32, 32)
-        search_script.latency_table(str(path), about, None, {}, images)
+        search_script.latency_table(str(path), about, None, {}, {}, images)
         return capsys.readouterr().out
 
     said = table()

@@ -282,7 +282,8 @@ def test_latencies_of_blocks(name, attention):
     make_prunable(model, attention=attention)
     rungs = {name: block.rungs for name, block in prunable_blocks(model).items()}
     images = torch.randn(2, 3, 32, 32)
-    table = search_script.measure_blocks(model, rungs, images, count=2, rounds=1)
+    _, savings = search_script.block_savings(model, rungs, images.shape[1:])
+    table = search_script.measure_blocks(model, rungs, savings, images, count=2, rounds=1)
     assert list(table["savings"]) == list(rungs) and table["baseline"] > 0
     assert table["error"] >= 0 and table["spread"] >= 0
     for name, saved in table["savings"].items():
@@ -296,7 +297,7 @@ def test_latencies_are_those_of_a_processor(monkeypatch, tmp_path):
     about, path = dict.fromkeys(("model", "model_args", "form")), str(tmp_path / "latency.json")
     for name in ("One CPU", "Other CPU"):
         monkeypatch.setattr(search_script.platform, "processor", lambda name=name: name)
-        made = search_script.latency_table(path, about, None, {}, torch.zeros(2, 3, 32, 32))
+        made = search_script.latency_table(path, about, None, {}, {}, torch.zeros(2, 3, 32, 32))
         assert made["device"] == name
 
 
@@ -314,7 +315,7 @@ def test_latency_is_measured_once(runs, monkeypatch, tmp_path, capsys):
 
     def table():
         images = torch.zeros(2, 3, 32, 32)
-        made = search_script.latency_table(str(path), checkpoint, None, names, images)
+        made = search_script.latency_table(str(path), checkpoint, None, names, {}, images)
         return made, capsys.readouterr().out
 
     monkeypatch.setattr(search_script, "measure_blocks", measure)

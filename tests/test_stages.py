@@ -396,7 +396,7 @@ def test_class_map_and_statistics_that_stay(weights_of_more_classes, pictures, c
 def test_class_maps_that_do_not_fit(weights_of_more_classes, pictures, tmp_path):
     first = f"1_supernet.py --model test_resnet --data-dir {pictures} --class-map"
     (tmp_path / "few.txt").write_text("\n".join(sorted(os.listdir(pictures / "train"))[:4]))
-    assert "has folders that are not in few.txt: " in stage(f"{first} few.txt")
+    assert "train has classes that few.txt lacks: " in stage(f"{first} few.txt")
     (tmp_path / "twice.txt").write_text("a\na\n")
     assert "names a class twice" in stage(f"{first} twice.txt")
     assert "does not exist, and timm has none" in stage(f"{first} none.txt")

@@ -58,7 +58,8 @@ def main():
             blocks = {path: block.rungs for path, block in prunable_blocks(model).items()}
             images = torch.randn(batch, 3, 224, 224, device=device)
             images = images.to(memory_format=torch.channels_last)
-            table = stage2.measure_blocks(model, blocks, images)
+            _, savings = stage2.block_savings(model, blocks, images.shape[1:])
+            table = stage2.measure_blocks(model, blocks, savings, images)
 
             def predicted(subnet):
                 genes = zip(blocks, stage2.to_candidate(subnet, blocks))
