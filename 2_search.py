@@ -114,8 +114,8 @@ def measure_blocks(model, blocks, savings, images, count=16, rounds=9):
     `count`, in which each form of a block is about as frequent as any other; they take short turns.
     (Timed alone, with its input still in the cache, a block came out up to a quarter wrong.)
 
-    error: the median difference of sums and networks' times, as a share. spread: the largest one of
-    blocks that `savings` (of `block_savings`) has alike, or of the two halves, of the baseline."""
+    error: the median difference of sums and networks' times, as a share. spread: the largest one
+    between blocks of equal `savings` (of `block_savings`), or the two halves, of the baseline."""
     cuda, rng = images.device.type == "cuda", random.Random(0)
 
     def stamp():
@@ -329,7 +329,7 @@ def ranking(result):
 
 
 def score_all(score, candidates, generation, name, rounds):
-    """{candidate: its score and `generation`}; under torchrun each process does a part of them."""
+    """{candidate: its score and `generation`}; under torchrun each process scores a part."""
     rank, world = rank_and_world()
     mine = candidates[len(candidates) * rank // world:len(candidates) * (rank + 1) // world]
     bar = progress_bar(mine, name, rounds, unit="subnet")

@@ -377,7 +377,7 @@ def make_prunable(model, form="reparam", end_act=None, attention=False):
     def convert(block, family):
         reparam = form == "reparam" and not family.why_not_reparam(block)
         block.__class__ = family
-        block.lam, block.end_act, block._compiled_call_impl = 0.0, None, None  # not as timm's block
+        block.lam, block.end_act, block._compiled_call_impl = 0.0, None, None  # timm's was compiled
         block.rungs = block.ladder() + ["skip"] * isinstance(block.skip_module(), nn.Identity)
         block.rung = block.rungs[0]
         block.fitted = nn.ModuleDict({
@@ -1493,9 +1493,9 @@ def train(model, step, measure, loader, args, name, epochs, peak, log, hold=0.0,
         nonlocal started
         loss = torch.tensor(losses.avg, dtype=torch.float64, device=device)
         all_reduce_mean([loss])
-        speed = losses.count * loader.loader.batch_size * world / (time.time() - started)
+        speed = losses.count * loader.loader.batch_size * world / (time.perf_counter() - started)
         losses.reset()
-        started = time.time()
+        started = time.perf_counter()
         return {"train_loss": loss.item(), "images_per_s": round(speed, 1)}
 
     def write(row, result):
@@ -1514,7 +1514,7 @@ def train(model, step, measure, loader, args, name, epochs, peak, log, hold=0.0,
         done = epoch - epochs.start
         title = f"{name} {done + 1}/{len(epochs)}"
         bar = progress_bar(loader, title, epochs.stop - epoch if epoch == first else 0)
-        started = time.time()
+        started = time.perf_counter()
         model.train()
         for module in still:
             module.eval()
@@ -1553,7 +1553,7 @@ def compile_blocks(model):
     block once for lam = 0, once for 1 and once for all values between."""
     torch._dynamo.config.cache_size_limit = 256  # blocks of one class: forms, shapes, modes
 
-    def static(compiled, x, **attn_args):  # but for the batch: of other sizes torch may fail
+    def static(compiled, x, **attn_args):  # but for the batch: at others that vary torch may fail
         torch._dynamo.mark_static(x, list(range(1, x.ndim)))
         return compiled(x, **attn_args)
 
