@@ -28,10 +28,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from blocks import (Parser, UserError, answers, at_least, check_finite, cost, create_model,
-                    evaluate, fingerprint, finish, fit, label_loss, make_loader, make_prunable,
-                    merge, open_dataset, outputs_of, print_table, progress_bar, prunable_blocks,
-                    rank_and_world, recalibrate, run, run_flags, samples_of, save, set_subnet,
-                    spare_weights, start, train, training_flags)
+                    evaluate, fingerprint, finish, first_line, fit, label_loss, make_loader,
+                    make_prunable, merge, open_dataset, outputs_of, print_table, progress_bar,
+                    prunable_blocks, rank_and_world, recalibrate, run, run_flags, samples_of, save,
+                    set_subnet, spare_weights, start, train, training_flags)
 
 parser = Parser(description="Stage 1 of 4: trains a supernet.")
 flag = parser.add_argument
@@ -203,7 +203,8 @@ def describe_images(args):
     if not held:
         raise UserError("no class has two training images: none can be held back for the search")
     data.update(classes=classes, train_images=len(train), holdout=torch.tensor(held).sort().values)
-    train, val = open_dataset(data, "train"), open_dataset(data, "val")  # as later stages do
+    train = open_dataset(data, "train") if names else train  # numbered as later stages do
+    val = open_dataset(data, "val")
     return {**data, "fingerprint": {"train": fingerprint(train), "val": fingerprint(val)}}
 
 
@@ -244,7 +245,7 @@ def make_baseline(args, data):
         assert torch.is_tensor(network.forward_features(x)), "its features are not one tensor"
     except (RuntimeError, AssertionError, AttributeError) as error:
         raise UserError(f"{args.model} does not classify RGB images of {size[0]}x{size[1]} px:"
-                        f" {(str(error) or repr(error)).splitlines()[0]}") from error
+                        f" {first_line(error)}") from error
     return model, model_args, fits
 
 

@@ -85,8 +85,8 @@ def plot(log, baseline, path):
 
 
 def train_subnet(model, teacher, prune, loader, test, args, log, still=(), state=None, **kept):
-    """Trains `model`, as `train` does, while the blocks `prune` (none of the control) go from lam =
-    0 to 1, on the teacher's answers and features, or on the labels and these answers."""
+    """Trains `model`, as `train` does, while the blocks `prune` (of the control none) go from lam 0
+    to 1, on the teacher's answers and features, or on the labels and these answers."""
     lam, steps = 0.0, args.epochs * len(loader)
 
     def step(images, labels, number):

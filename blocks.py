@@ -1089,6 +1089,11 @@ def run(main):
         run.lock = None  # the file that `start` locks, as long as it is open
 
 
+def first_line(error):
+    """The first line of what an error says, or, where it says nothing, its name."""
+    return (str(error) or repr(error)).splitlines()[0]
+
+
 Parser = functools.partial(argparse.ArgumentParser,
                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
@@ -1186,8 +1191,7 @@ def start(parser, *inputs, last_output=lambda args: args.out, read=read_checkpoi
         if getattr(args, "compile", False):
             torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
     except (RuntimeError, AssertionError, ValueError, ImportError) as error:
-        why = (str(error) or repr(error)).splitlines()[0]
-        raise UserError(f"{flag} does not work here: {why}") from error
+        raise UserError(f"{flag} does not work here: {first_line(error)}") from error
     if rank_and_world()[0] > 0:  # of torchrun's processes only the first prints
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     elif os.name == "posix":  # not on Windows
@@ -1350,9 +1354,8 @@ def open_dataset(data, part):
             name, root=root, split={"train": "train", "val": "validation"}[part],
             search_split=bool(name), download=name.startswith("torch/"), **options)
     except (RuntimeError, AssertionError, ValueError, ImportError) as error:
-        why = (str(error) or repr(error)).splitlines()[0]
-        why += f" (looking for classes {', '.join(data['classes'][:3])} ...)" if options else ""
-        raise UserError(f"cannot open {name or root}: {why}") from error
+        why = f" (looking for classes {', '.join(data['classes'][:3])} ...)" if options else ""
+        raise UserError(f"cannot open {name or root}: {first_line(error)}{why}") from error
     if isinstance(dataset, torch.utils.data.IterableDataset):
         raise UserError(f"{name} is a stream, of which no part can be held back: use another")
     if len(dataset) == 0:
@@ -1550,10 +1553,11 @@ def train(model, step, measure, loader, args, name, epochs, peak, log, hold=0.0,
 
 def compile_blocks(model):
     """torch.compile block by block: a whole network would be compiled anew for every subnet, a
-    block once for lam = 0, once for 1 and once for all values between."""
+    block once for lam = 0, once for 1 and once for all values between. Of the sizes of its input
+    only the batch is left open: torch may fail to sort strides of unknown sizes (issue 185510)."""
     torch._dynamo.config.cache_size_limit = 256  # blocks of one class: forms, shapes, modes
 
-    def static(compiled, x, **attn_args):  # but for the batch: at others that vary torch may fail
+    def static(compiled, x, **attn_args):
         torch._dynamo.mark_static(x, list(range(1, x.ndim)))
         return compiled(x, **attn_args)
 
