@@ -94,15 +94,12 @@ def padding_for(conv, size):
 
 def fade_taps(conv, x, size, lam):
     """conv(x), with the taps outside of its inner size x size fading out."""
-    crop = (conv.kernel_size[0] - size) // 2
-    if lam == 0 or crop == 0:
+    if size == conv.kernel_size[0]:
         return conv(x)
     weight, padding = centre_taps(conv.weight, size), padding_for(conv, size)
-    if lam < 1:
-        again = F.pad(x.new_full((size, size), lam), 4 * [crop])  # what the inner taps get back
-        weight, padding = conv.weight * (1 - lam + again), conv.padding
     run = conv2d_same if isinstance(conv, Conv2dSame) else F.conv2d
-    return run(x, weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups)
+    return blend(lambda: conv(x), lambda: run(
+        x, weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups), lam)
 
 
 # ---- what the families of blocks share -----------------------------------------------------------
@@ -121,7 +118,7 @@ class Prunable:
     stays_nonlinear = False  # True: what pruning leaves of the block is not linear (attention)
     why_not_prunable = why_not_reparam = staticmethod(lambda block: None)  # or a reason
     skip_module = lambda self: None
-    reparam_norm = lambda self: None  # or a BatchNorm that takes the place of another norm
+    reparam_norm = lambda self: (None, None)  # or a norm, and a BatchNorm that takes its place
     last_act = lambda self: None if self.rung == "skip" else self.end_act
     act_to_insert = lambda self: copy.deepcopy(self.mlp.act) if hasattr(self, "mlp") else None
     ladder = lambda self: ["linear"]  # the rungs above "skip", the most expensive first
@@ -382,8 +379,12 @@ def make_prunable(model, form="reparam", end_act=None, attention=False):
         block.rung = block.rungs[0]
         block.fitted = nn.ModuleDict({
             rung: nn.Sequential(*(block.fitted_layers(rung) if rung != "skip" else ()))
-            for rung in block.rungs[reparam:]}).to(next(block.parameters())).train(block.training)
-        block.norm_bn = block.reparam_norm() if reparam else None
+            for rung in block.rungs[reparam:]})
+        norm, block.norm_bn = block.reparam_norm() if reparam else (None, None)
+        for new in filter(None, (block.fitted, block.norm_bn)):
+            new.to(next(block.parameters())).train(block.training)
+        if norm:  # statistics of no images yet: `recalibrate`, or train, before use
+            block.norm_bn.load_state_dict(dict(norm.named_parameters()), strict=False)  # or none
 
     for module, family in itertools.product(model.modules(), FAMILIES):
         if type(module) is family.timm_class and not family.why_not_prunable(module):
@@ -618,13 +619,6 @@ class PrunableInvertedResidual(PrunableConvs, _efficientnet_blocks.InvertedResid
         return [conv_like(self.conv_dw, *compose(dense, weight_and_bias(pwl)))]
 
 
-def replace_norm(norm, bn, like):
-    """The BatchNorm `bn`, on the device of the layer `like`, with weight and bias of `norm`, which
-    it will replace. Its statistics are of no images yet: `recalibrate`, or train, before use."""
-    bn.to(like.weight).load_state_dict(dict(norm.named_parameters()), strict=False)  # or none
-    return bn.train(norm.training)
-
-
 def why_not_plain_mlp(block):
     """Why the two linear layers of a block's MLP cannot be composed, or None."""
     if type(block.mlp) is not Mlp or not isinstance(block.mlp.norm, nn.Identity):
@@ -679,8 +673,7 @@ class PrunableConvNeXtBlock(Prunable, convnext.ConvNeXtBlock):
     skip_module = lambda self: self.shortcut
     linear_inputs = lambda self, x: pixel_rows(self.conv_dw(x))
     ladder = lambda self: ["separable", "depthwise"]
-    reparam_norm = lambda self: replace_norm(
-        self.norm, nn.BatchNorm2d(self.conv_dw.out_channels), self.conv_dw)
+    reparam_norm = lambda self: (self.norm, nn.BatchNorm2d(self.conv_dw.out_channels))
 
     def reparam_layers(self, x, lam):
         def last(layer, z):  # on channels that are last
@@ -720,16 +713,10 @@ class PrunableViTBlock(Prunable, vision_transformer.Block):
     stays_nonlinear = True
     drop_path = property(lambda self: self.drop_path2)
     skip_module = lambda self: nn.Identity()
-    fitted_layers = lambda self, rung: bn_linear(self.mlp.fc2.out_features)
-    reparam_norm = lambda self: replace_norm(
-        self.norm2, nn.BatchNorm1d(self.mlp.fc1.in_features), self.mlp.fc1)
+    fitted_layers = lambda self, rung: bn_linear(self.attn.proj.out_features)
+    reparam_norm = lambda self: (self.norm2, nn.BatchNorm1d(self.mlp.fc1.in_features))
     composed = lambda self: [linear_after(
         self.norm_bn, *compose_mlp(self.mlp, getattr(self.ls2, "gamma", None)))]
-
-    @staticmethod
-    def why_not_prunable(block):
-        if not isinstance(getattr(block.mlp, "fc2", None), nn.Linear):
-            return f"{type(block.mlp).__name__} as its MLP"
 
     def split(self, x, **attn_args):
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **attn_args)))
